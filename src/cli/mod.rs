@@ -1,0 +1,133 @@
+//! Arguments -> options -> library -> report. No work is done here.
+
+mod completions;
+
+use crate::{error::Error, interrupt, progress::Progress, report::Format};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use std::{path::PathBuf, process::ExitCode};
+
+/// Train ReLoRA models, merge low-rank deltas into checkpoints, and prove the rank of the summed update.
+#[derive(Parser)]
+#[command(name = "relora-kit", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Args)]
+pub struct Global {
+    /// More details on stderr
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
+    verbose: u8,
+    /// No warnings, no progress
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    quiet: bool,
+    /// Threads to compute with (default: all cores)
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Global options")]
+    threads: Option<u16>,
+    /// Colours on stderr and in help (NO_COLOR is obeyed, too)
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Global options")]
+    color: When,
+    /// Progress bars on stderr
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Global options")]
+    progress: ProgressWhen,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
+enum When {
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
+enum ProgressWhen {
+    #[default]
+    Auto,
+    Never,
+}
+
+/// How a command's result is printed, and where to.
+#[derive(Args)]
+pub struct Output {
+    /// How the result is printed
+    #[arg(long, value_enum, default_value_t, help_heading = "Output")]
+    pub format: Format,
+    /// Write the result to FILE instead of stdout
+    #[arg(short, long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Replace FILE if it exists
+    #[arg(long, help_heading = "Output")]
+    pub force: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Completions(completions::Args),
+}
+
+/// What a command that ran to its end has to say.
+pub enum Outcome {
+    /// Done; every gate held; no difference found (exit code 0).
+    Yes,
+    /// The answer is no (exit code 1).
+    No,
+}
+
+/// Parses the arguments, runs the command, prints the error, and returns the exit code of the contract:
+/// 0 yes, 1 no, 2 the request is wrong, 3 the world failed.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(e.exit_code() as u8);
+        }
+    };
+    interrupt::install();
+    match run(cli) {
+        Ok(Outcome::Yes) => ExitCode::SUCCESS,
+        Ok(Outcome::No) => ExitCode::from(1),
+        Err(e) => {
+            eprintln!("error: {e}");
+            if let Some(help) = &e.help {
+                eprintln!("help: {help}");
+            }
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Outcome, Error> {
+    let global = &cli.global;
+    crate::threads::set(global.threads.map(usize::from))?;
+    let verbosity = if global.quiet { -1 } else { global.verbose as i8 };
+    let progress = Progress::stderr(global.progress == ProgressWhen::Auto && !global.quiet, verbosity);
+    let _ = (&progress, global.color == When::Never);
+    match cli.command {
+        Command::Completions(args) => args.run(&mut Cli::command()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_argument_has_help_and_every_command_examples() {
+        let mut command = Cli::command();
+        command.build();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands().filter(|c| c.get_name() != "help") {
+            for arg in sub.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} {} has no help", sub.get_name(), arg.get_id());
+            }
+            let after = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(after.contains("Examples:\n  relora-kit "), "{} shows no examples", sub.get_name());
+        }
+    }
+}

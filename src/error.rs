@@ -1,0 +1,82 @@
+//! One error type for the whole crate: a sentence, a hint, and who must act.
+
+use std::{fmt, io, path::Path};
+
+/// Shorthand used by every module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Who can mend it. Decides the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request is wrong: bad flag, bad config, malformed or mismatched input. Exit code 2.
+    Request,
+    /// The world failed: I/O, out of memory, no such device, interrupted. Exit code 3.
+    World,
+}
+
+/// What failed, in one sentence that names the file, the tensor, what was expected and what was found;
+/// and, if there is something to do about it, a hint.
+#[derive(Clone, Debug)]
+pub struct Error {
+    /// Who can mend it.
+    pub kind: Kind,
+    /// One sentence, lower case, without a full stop.
+    pub message: String,
+    /// What to do, printed on a line of its own after `help:`.
+    pub help: Option<String>,
+}
+
+impl Error {
+    /// The user's input or request is wrong (exit code 2).
+    pub fn request(message: impl Into<String>) -> Self {
+        Error { kind: Kind::Request, message: message.into(), help: None }
+    }
+
+    /// Something outside the request failed (exit code 3).
+    pub fn world(message: impl Into<String>) -> Self {
+        Error { kind: Kind::World, message: message.into(), help: None }
+    }
+
+    /// An I/O failure on `path`; `action` reads as in "cannot {action} '{path}'".
+    /// A missing input is the request's fault, everything else the world's.
+    pub fn io(action: &str, path: &Path, source: io::Error) -> Self {
+        let message = format!("cannot {action} '{}': {source}", path.display());
+        match source.kind() {
+            io::ErrorKind::NotFound => Error::request(message).help("check the path"),
+            io::ErrorKind::StorageFull => {
+                Error::world(message).help("free some space or choose another output folder; nothing was left behind")
+            }
+            io::ErrorKind::PermissionDenied => {
+                Error::world(message).help("check the permissions of the file and its folder")
+            }
+            _ => Error::world(message),
+        }
+    }
+
+    /// The user stopped the program (exit code 3).
+    pub fn interrupted() -> Self {
+        Error::world("interrupted")
+    }
+
+    /// Adds the hint that is printed after `help:`.
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// The process exit code of the contract.
+    pub fn exit_code(&self) -> u8 {
+        match self.kind {
+            Kind::Request => 2,
+            Kind::World => 3,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}

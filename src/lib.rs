@@ -1,0 +1,15 @@
+//! Train ReLoRA models, merge low-rank deltas into checkpoints, and prove the rank of the summed update.
+//!
+//! The modules in the order of the data path:
+
+pub mod error;
+pub mod interrupt;
+pub mod progress;
+pub mod staged;
+pub mod threads;
+
+pub mod checkpoint;
+pub mod run;
+
+pub mod cli;
+pub mod report;

@@ -1,0 +1,82 @@
+//! Results -> table, JSON, CSV or Markdown. Computes nothing.
+
+pub mod table;
+pub mod units;
+
+use crate::{
+    error::{Error, Result},
+    staged,
+};
+use serde::Serialize;
+use std::{io::Write, path::Path};
+use table::Table;
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// Aligned columns for people.
+    #[default]
+    Table,
+    /// One JSON object, stable keys, for programs.
+    Json,
+    /// Comma-separated rows with a header line (the first table of the report).
+    Csv,
+    /// Tables for a pull request or an issue.
+    Markdown,
+}
+
+/// A result that can be shown. JSON is its serialisation; the other formats show its tables and remarks.
+pub trait Report: Serialize {
+    /// The tables, most detailed first (CSV prints only this one).
+    fn tables(&self) -> Vec<Table>;
+    /// Sentences after the tables: totals, verdicts.
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// Renders `report`.
+pub fn render(report: &impl Report, format: Format) -> Result<String> {
+    let mut out = String::new();
+    match format {
+        Format::Json => {
+            out = serde_json::to_string_pretty(report).map_err(|e| Error::world(format!("cannot write JSON: {e}")))?;
+            out.push('\n');
+        }
+        Format::Csv => {
+            if let Some(table) = report.tables().first() {
+                out = table.to_csv();
+            }
+        }
+        Format::Table | Format::Markdown => {
+            for table in report.tables() {
+                out += &if format == Format::Table { table.to_text() } else { table.to_markdown() };
+                out.push('\n');
+            }
+            for remark in report.remarks() {
+                out += &remark;
+                out += if format == Format::Table { "\n" } else { "\n\n" };
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Renders `report` to `output`, or to stdout. A closed pipe (`| head`) is not an error.
+pub fn emit(report: &impl Report, format: Format, output: Option<&Path>, force: bool) -> Result<()> {
+    let text = render(report, format)?;
+    match output {
+        Some(path) => staged::write_file(path, text.as_bytes(), force),
+        None => print(&text),
+    }
+}
+
+/// Prints to stdout. A closed pipe (`| head`) is not an error.
+pub fn print(text: &str) -> Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::world(format!("cannot write to stdout: {e}")))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,179 @@
+//! The run directory: what `train` leaves behind, and `spectrum --run` and `verify` read.
+//!
+//! ```text
+//! run/config.toml            the resolved configuration
+//! run/manifest.json          versions, seeds, hashes, and per cycle: steps, rank, scale, sha256 of its files
+//! run/metrics.jsonl          one object per update
+//! run/base/                  the checkpoint the first cycle started from
+//! run/cycles/cycle-001/      the cycle's delta as a PEFT adapter
+//! run/checkpoints/step-N/    a Hugging Face checkpoint, and beside it the state that resuming needs
+//! ```
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+/// `run/manifest.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of this file's layout.
+    pub schema: u32,
+    /// `relora-kit` and its version.
+    pub tool: String,
+    /// `full`, `lora` or `relora`.
+    pub mode: String,
+    /// Seed of initialisation, shuffling and restarts.
+    pub seed: u64,
+    /// Training data: path, and sha256 of the token shard.
+    pub data: BTreeMap<String, Hashed>,
+    /// The checkpoint the first cycle started from; absent before the first cycle starts and in `full` mode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseRecord>,
+    /// Finished cycles, in order.
+    pub cycles: Vec<CycleRecord>,
+    /// The newest complete checkpoint; after the last update, the final one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointRecord>,
+    /// Whether the last update has been made and its checkpoint written.
+    pub finished: bool,
+}
+
+/// A file outside the run, and what it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hashed {
+    /// As given in the configuration.
+    pub path: PathBuf,
+    /// Hexadecimal sha256 of its content.
+    pub sha256: String,
+}
+
+/// `run/base/`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseRecord {
+    /// Updates made before the first cycle (the warm start).
+    pub step: u64,
+    /// File name -> sha256, for every file of the folder.
+    pub files: BTreeMap<String, String>,
+}
+
+/// One finished cycle: the delta `scaling * B @ A` of every targeted weight, stored in `folder` as a PEFT adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CycleRecord {
+    /// From 1.
+    pub cycle: u64,
+    /// Relative to the run directory: `cycles/cycle-001`.
+    pub folder: PathBuf,
+    /// Updates made when the cycle began and when it was merged: it covers `first_step < n <= last_step`.
+    pub first_step: u64,
+    /// See `first_step`.
+    pub last_step: u64,
+    /// Rank of A and B.
+    pub r: usize,
+    /// `lora_alpha / r`, or `tanh(scaling)` where it is trained.
+    pub scaling: f64,
+    /// File name -> sha256, for every file of the folder.
+    pub files: BTreeMap<String, String>,
+}
+
+/// One checkpoint folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointRecord {
+    /// Updates made.
+    pub step: u64,
+    /// Relative to the run directory: `checkpoints/step-100`.
+    pub folder: PathBuf,
+    /// File name (relative to the folder) -> sha256, for every file in it.
+    pub files: BTreeMap<String, String>,
+}
+
+/// Paths inside a run directory.
+#[derive(Clone, Debug)]
+pub struct RunDir(pub PathBuf);
+
+impl RunDir {
+    /// `manifest.json`
+    pub fn manifest_path(&self) -> PathBuf {
+        self.0.join("manifest.json")
+    }
+
+    /// `config.toml`
+    pub fn config_path(&self) -> PathBuf {
+        self.0.join("config.toml")
+    }
+
+    /// `metrics.jsonl`
+    pub fn metrics_path(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
+    /// `base/`
+    pub fn base_path(&self) -> PathBuf {
+        self.0.join("base")
+    }
+
+    /// `cycles/cycle-00K`, K from 1, relative to the run directory.
+    pub fn cycle_folder(cycle: u64) -> PathBuf {
+        PathBuf::from(format!("cycles/cycle-{cycle:03}"))
+    }
+
+    /// `checkpoints/step-N`, relative to the run directory.
+    pub fn checkpoint_folder(step: u64) -> PathBuf {
+        PathBuf::from(format!("checkpoints/step-{step}"))
+    }
+
+    /// Reads and checks the manifest.
+    pub fn manifest(&self) -> Result<Manifest> {
+        let path = self.manifest_path();
+        let bytes = fs::read(&path)
+            .map_err(|e| Error::io("read", &path, e).help("name a folder written by `relora-kit train`"))?;
+        let manifest: Manifest = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::request(format!("'{}' is not a run manifest: {e}", path.display())))?;
+        if manifest.schema != 1 {
+            return Err(Error::request(format!("'{}' has schema {}, expected 1", path.display(), manifest.schema))
+                .help("use the relora-kit version that wrote it"));
+        }
+        Ok(manifest)
+    }
+}
+
+/// Hexadecimal sha256 of a file's content.
+pub fn sha256_file(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(|e| Error::io("read", path, e))? {
+            0 => return Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect()),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}
+
+/// sha256 of every file below `folder`, by path relative to it.
+pub fn sha256_folder(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut hashes = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(dir) = folders.pop() {
+        for entry in fs::read_dir(&dir).map_err(|e| Error::io("read", &dir, e))? {
+            let path = entry.map_err(|e| Error::io("read", &dir, e))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy().into_owned();
+                hashes.insert(name, sha256_file(&path)?);
+            }
+        }
+    }
+    Ok(hashes)
+}
