@@ -8,7 +8,9 @@ pub mod progress;
 pub mod staged;
 pub mod threads;
 
+pub mod adapter;
 pub mod checkpoint;
+pub mod delta;
 pub mod run;
 
 pub mod cli;

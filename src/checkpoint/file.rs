@@ -67,7 +67,7 @@ impl TensorFile {
     }
 
     /// The `index`-th tensor in the order of the bytes.
-    pub(super) fn tensor(&self, index: usize) -> Tensor<'_> {
+    pub fn tensor(&self, index: usize) -> Tensor<'_> {
         Tensor { file: self, info: &self.header.tensors[index] }
     }
 }
