@@ -12,6 +12,7 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod delta;
 pub mod run;
+pub mod spectrum;
 
 pub mod cli;
 pub mod report;

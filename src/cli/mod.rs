@@ -1,6 +1,7 @@
 //! Arguments -> options -> library -> report. No work is done here.
 
 mod completions;
+mod spectrum;
 
 use crate::{error::Error, interrupt, progress::Progress, report::Format};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -67,6 +68,7 @@ pub struct Output {
 
 #[derive(Subcommand)]
 enum Command {
+    Spectrum(spectrum::Args),
     Completions(completions::Args),
 }
 
@@ -109,6 +111,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     let progress = Progress::stderr(global.progress == ProgressWhen::Auto && !global.quiet, verbosity);
     let _ = (&progress, global.color == When::Never);
     match cli.command {
+        Command::Spectrum(args) => args.run(&progress),
         Command::Completions(args) => args.run(&mut Cli::command()),
     }
 }

@@ -1,5 +1,6 @@
 //! Results -> table, JSON, CSV or Markdown. Computes nothing.
 
+pub mod spectrum;
 pub mod table;
 pub mod units;
 

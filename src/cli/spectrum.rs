@@ -1,0 +1,106 @@
+//! `relora-kit spectrum`
+
+use super::{Outcome, Output};
+use crate::{
+    error::{Error, Result},
+    progress::Progress,
+    report::{self, Format, spectrum::SpectrumReport},
+    spectrum::{self, Gate, Labelled, Options, Request},
+    staged,
+};
+use std::path::PathBuf;
+
+/// Singular values and honest rank of weight updates, with gates for CI
+///
+/// Measures every matrix of an update: its norms, its numerical, effective and stable rank, and the rank that rounding
+/// alone cannot have produced (rank_above_noise). Exit code 1 if a gate fails.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  relora-kit spectrum --base step-0 --tuned step-20000
+  relora-kit spectrum --base step-0 --tuned relora=runs/a/final --tuned full=runs/b/final --filter '*self_attn*'
+  relora-kit spectrum --base step-0 --tuned step-20000 --rank 8 --require 'rank_above_noise > 2*r for 90%'
+  relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
+
+A gate reads METRIC OP VALUE [for all|any|median|P%] [on GLOB]; VALUE is a number or a multiple of the adapter rank (2*r).
+Metrics: spectral_norm frobenius_norm nuclear_norm numerical_rank noise_edge rank_above_noise effective_rank
+proportional_effective_rank stable_rank participation_ratio energy_rank_90 energy_rank_99 condition_number below_0_1")]
+pub struct Args {
+    /// The checkpoint before the update (W0)
+    #[arg(long, value_name = "CKPT", requires = "tuned", help_heading = "Sources")]
+    base: Option<PathBuf>,
+    /// The checkpoint after the update (Wn); repeat to compare several
+    #[arg(long, value_name = "[LABEL=]CKPT", requires = "base", help_heading = "Sources")]
+    tuned: Vec<String>,
+    /// Only tensors whose names match this glob; repeat for more
+    #[arg(long, value_name = "GLOB", help_heading = "Selection")]
+    filter: Vec<String>,
+    /// Ignore tensors that only one of base and tuned has
+    #[arg(long, help_heading = "Selection")]
+    common_only: bool,
+    /// Report matrices with NaN or infinite entries and go on
+    #[arg(long, help_heading = "Selection")]
+    skip_nonfinite: bool,
+    /// A condition that must hold, or the exit code is 1; repeat for more
+    #[arg(long, value_name = "GATE", help_heading = "Gates")]
+    require: Vec<String>,
+    /// What `r` means in gates over checkpoints
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Gates")]
+    rank: Option<u32>,
+    /// Numerical tolerance relative to the largest singular value [default: max(m, n) * 2^-23]
+    #[arg(long, value_name = "TOL", value_parser = tolerance, help_heading = "Measures")]
+    rank_tol: Option<f64>,
+    /// How often the weights were rounded between base and tuned: the stored merges
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Measures")]
+    roundings: u64,
+    /// Put all singular values into the JSON
+    #[arg(long, help_heading = "Output")]
+    sigma: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Args {
+    pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        let output = &self.output;
+        if let Some(path) = &output.output {
+            staged::refuse_existing(path, output.force)?;
+        }
+        let options = self.options()?;
+        let spectrum = spectrum::run(&options, progress)?;
+        let shown = SpectrumReport { spectrum: &spectrum, wide: output.format == Format::Csv };
+        report::emit(&shown, output.format, output.output.as_deref(), output.force)?;
+        Ok(if spectrum.passed() { Outcome::Yes } else { Outcome::No })
+    }
+
+    fn options(&self) -> Result<Options> {
+        Ok(Options {
+            requests: self.requests()?,
+            filter: self.filter.clone(),
+            gates: self.require.iter().map(|text| Gate::parse(text)).collect::<Result<_>>()?,
+            rank_tolerance: self.rank_tol,
+            roundings: self.roundings,
+            rank: self.rank.map(|r| r as usize),
+            skip_nonfinite: self.skip_nonfinite,
+            common_only: self.common_only,
+            sigma: self.sigma,
+        })
+    }
+
+    fn requests(&self) -> Result<Vec<Request>> {
+        let mut requests = Vec::new();
+        for (base, tuned) in self.base.iter().flat_map(|base| self.tuned.iter().map(move |tuned| (base, tuned))) {
+            requests.push(Request::Checkpoints { base: base.clone(), tuned: Labelled::parse(tuned) });
+        }
+        if requests.is_empty() {
+            return Err(Error::request("no source is given").help("pass --base CKPT --tuned CKPT"));
+        }
+        Ok(requests)
+    }
+}
+
+fn tolerance(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if (0.0..1.0).contains(&x) => Ok(x),
+        _ => Err("expected a number from 0 to below 1".into()),
+    }
+}

@@ -1,0 +1,199 @@
+//! `spectrum`: matrices, module kinds, gates.
+
+use super::{Report, table::Table};
+use crate::spectrum::{GateResult, Matrix, Reason, Spectrum, measures::METRICS};
+use serde::{Serialize, Serializer};
+
+/// A spectrum as it is shown.
+pub struct SpectrumReport<'a> {
+    /// What was measured.
+    pub spectrum: &'a Spectrum,
+    /// Every metric as a column, all digits: for CSV.
+    pub wide: bool,
+}
+
+impl Serialize for SpectrumReport<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.spectrum.serialize(serializer)
+    }
+}
+
+impl Report for SpectrumReport<'_> {
+    fn tables(&self) -> Vec<Table> {
+        let s = self.spectrum;
+        if self.wide {
+            return vec![wide_table(&s.matrices)];
+        }
+        let mut tables = vec![matrix_table(s), group_table(s)];
+        if !s.gates.is_empty() {
+            tables.push(gate_table(&s.gates));
+        }
+        tables
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        let mut remarks = skipped_remarks(self.spectrum);
+        remarks.extend(self.spectrum.gates.iter().filter(|g| !g.passed).map(offenders));
+        if let Some(verdict) = verdict(&self.spectrum.gates) {
+            remarks.push(verdict);
+        }
+        remarks
+    }
+}
+
+fn wide_table(matrices: &[Matrix]) -> Table {
+    let mut header = vec!["name", "label", "rows", "columns", "dtype", "module", "layer", "r"];
+    header.extend(METRICS.iter().map(|m| m.name));
+    let mut table = Table::new("", &header);
+    for m in matrices {
+        let optional = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
+        let mut row = vec![m.name.clone(), m.label.clone(), m.shape[0].to_string(), m.shape[1].to_string()];
+        row.extend([m.dtype.clone(), m.module.clone(), optional(m.layer), optional(m.r)]);
+        row.extend(METRICS.iter().map(|metric| m.measures.get(metric).map_or(String::new(), |v| v.to_string())));
+        table.row(row);
+    }
+    table
+}
+
+fn several_labels(s: &Spectrum) -> bool {
+    s.sources.len() > 1
+}
+
+fn matrix_table(s: &Spectrum) -> Table {
+    let mut header = vec!["matrix"];
+    header.extend(several_labels(s).then_some("source"));
+    header.extend([
+        "shape",
+        "dtype",
+        "s1",
+        "rank",
+        "above noise",
+        "effective",
+        "of min(m,n)",
+        "stable",
+        "90% energy",
+        "99%",
+    ]);
+    let mut table = Table::new("", &header);
+    for m in &s.matrices {
+        let v = &m.measures;
+        let mut row = vec![m.name.clone()];
+        row.extend(several_labels(s).then(|| m.label.clone()));
+        row.extend([
+            format!("{}x{}", m.shape[0], m.shape[1]),
+            m.dtype.clone(),
+            number(v.spectral_norm),
+            v.numerical_rank.to_string(),
+            v.rank_above_noise.to_string(),
+            optional(v.effective_rank),
+            optional(v.proportional_effective_rank),
+            optional(v.stable_rank),
+            v.energy_rank_90.to_string(),
+            v.energy_rank_99.to_string(),
+        ]);
+        table.row(row);
+    }
+    table
+}
+
+fn group_table(s: &Spectrum) -> Table {
+    let shown = ["rank_above_noise", "effective_rank", "proportional_effective_rank", "stable_rank"];
+    let mut header = vec!["module"];
+    header.extend(several_labels(s).then_some("source"));
+    header.extend(["matrices", "above noise", "effective", "of min(m,n)", "stable"]);
+    let mut table = Table::new("Per module kind: median (smallest to largest)", &header);
+    for group in &s.groups {
+        let mut row = vec![group.module.clone()];
+        row.extend(several_labels(s).then(|| group.label.clone()));
+        row.push(group.matrices.to_string());
+        row.extend(shown.iter().map(|metric| match group.metrics.get(*metric) {
+            Some(r) => format!("{} ({} to {})", number(r.median), number(r.min), number(r.max)),
+            None => "null".into(),
+        }));
+        table.row(row);
+    }
+    table
+}
+
+fn gate_table(gates: &[GateResult]) -> Table {
+    let mut table = Table::new("Gates", &["gate", "source", "satisfied", "verdict"]);
+    for g in gates {
+        let satisfied = format!("{} of {}", g.satisfied, g.matrices);
+        table.row(vec![g.gate.clone(), g.label.clone(), satisfied, if g.passed { "holds" } else { "FAILS" }.into()]);
+    }
+    table
+}
+
+/// `gate '..' fails for 'run': worst: q_proj 8 (limit 16), ...`
+fn offenders(gate: &GateResult) -> String {
+    let worst: Vec<String> = gate
+        .offenders
+        .iter()
+        .map(|o| format!("{} has {} against {}", o.name, optional(o.value), number(o.limit)))
+        .collect();
+    let of = match gate.matrices - gate.satisfied {
+        missing if missing > worst.len() => format!(" (the worst of {missing})"),
+        _ => String::new(),
+    };
+    let list = if worst.is_empty() { "no matrix was measured".into() } else { worst.join("; ") };
+    format!("gate '{}' fails for '{}': {list}{of}", gate.gate, gate.label)
+}
+
+fn verdict(gates: &[GateResult]) -> Option<String> {
+    let failed = gates.iter().filter(|g| !g.passed).count();
+    match (gates.len(), failed) {
+        (0, _) => None,
+        (n, 0) => Some(format!("verdict: {} held", plural(n, "gate"))),
+        (n, failed) => Some(format!("verdict: {failed} of {} failed", plural(n, "gate"))),
+    }
+}
+
+fn skipped_remarks(s: &Spectrum) -> Vec<String> {
+    let reasons = [
+        (Reason::NotAMatrix, "not a matrix"),
+        (Reason::NotFloatingPoint, "not floating point"),
+        (Reason::OneSideOnly, "on one side only"),
+        (Reason::NonFinite, "NaN or infinite"),
+    ];
+    let count = |reason| s.skipped.iter().filter(|k| k.reason == reason).count();
+    reasons
+        .into_iter()
+        .filter(|(reason, _)| count(*reason) > 0)
+        .map(|(reason, words)| {
+            let first = s.skipped.iter().find(|k| k.reason == reason).map_or("", |k| k.name.as_str());
+            format!("skipped {}: {words} (first: {first})", plural(count(reason), "tensor"))
+        })
+        .collect()
+}
+
+pub(super) fn plural(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+pub(super) fn optional(value: Option<f64>) -> String {
+    value.map_or("null".into(), number)
+}
+
+/// Four significant digits; whole numbers below a million as they are.
+pub(super) fn number(x: f64) -> String {
+    let magnitude = x.abs();
+    if x == x.trunc() && magnitude < 1e6 {
+        format!("{x}")
+    } else if (1e-3..1e6).contains(&magnitude) {
+        let decimals = (3 - magnitude.log10().floor() as i32).max(0) as usize;
+        format!("{x:.decimals$}")
+    } else {
+        format!("{x:.3e}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_four_significant_digits() {
+        let shown: Vec<String> = [0.0, 24.0, 22.62532, 0.098763, 1234.56, 1.5e-7, 2e12].map(number).to_vec();
+        assert_eq!(shown, ["0", "24", "22.63", "0.09876", "1235", "1.500e-7", "2.000e12"]);
+    }
+}

@@ -1,0 +1,270 @@
+//! Singular values of weight updates, what they say about rank, and what rounding alone could have faked.
+//!
+//! [`run`] opens the sources, checks that they fit, chooses the matrices, computes their singular values (largest
+//! matrices first, spread over the threads) and judges the gates.
+
+pub mod gates;
+pub mod groups;
+pub mod measures;
+mod names;
+pub mod noise;
+mod pair;
+mod schedule;
+mod source;
+pub mod svd;
+
+pub use gates::{Gate, GateResult};
+pub use groups::Group;
+pub use measures::Measures;
+pub use source::{Labelled, Request};
+
+use crate::{
+    error::{Error, Result},
+    progress::Progress,
+};
+use gates::Candidate;
+use noise::UlpSums;
+use pair::{NonFinite, Pair};
+use serde::{Deserialize, Serialize};
+use source::{Job, Opened, Work};
+use std::path::PathBuf;
+
+/// What to measure and how.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Where the updates come from.
+    pub requests: Vec<Request>,
+    /// Globs over tensor names; a tensor is taken if any matches, or if there are none.
+    pub filter: Vec<String>,
+    /// Gates to judge.
+    pub gates: Vec<Gate>,
+    /// Replaces `max(m, n) * eps(f32)` as the numerical tolerance relative to `s1`.
+    pub rank_tolerance: Option<f64>,
+    /// How often each weight was rounded between base and tuned (stored merges).
+    pub roundings: u64,
+    /// What `r` means in gates over checkpoints.
+    pub rank: Option<usize>,
+    /// Report matrices with NaN or infinite entries and go on.
+    pub skip_nonfinite: bool,
+    /// Ignore tensors that only one side has.
+    pub common_only: bool,
+    /// Keep all singular values in the result.
+    pub sigma: bool,
+}
+
+/// The result of [`run`]; its serialisation is the JSON of the command.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Spectrum {
+    /// Version of this layout.
+    pub schema: u32,
+    /// Where the updates come from.
+    pub sources: Vec<Source>,
+    /// One entry per matrix and source.
+    pub matrices: Vec<Matrix>,
+    /// Summaries per source and module kind.
+    pub groups: Vec<Group>,
+    /// Verdicts, one per gate and source.
+    pub gates: Vec<GateResult>,
+    /// Tensors that were not measured, and why.
+    pub skipped: Vec<Skipped>,
+}
+
+/// One labelled source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// How the matrices of this source are marked.
+    pub label: String,
+    /// `checkpoints`, `adapter` or `run`.
+    pub kind: String,
+    /// W0, for checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
+    /// The tuned checkpoint, the adapter or the run.
+    pub path: PathBuf,
+}
+
+/// The measures of one update of one weight.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Matrix {
+    /// Tensor name in the base.
+    pub name: String,
+    /// Source.
+    pub label: String,
+    /// Rows and columns.
+    pub shape: [usize; 2],
+    /// Stored type of the tuned weight, or of the factors.
+    pub dtype: String,
+    /// Module kind: `q_proj`, `down_proj`, ...
+    pub module: String,
+    /// Layer number, where the name has one.
+    pub layer: Option<usize>,
+    /// Rank of the adapter, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub r: Option<usize>,
+    /// The metrics, flat.
+    #[serde(flatten)]
+    pub measures: Measures,
+    /// All singular values, largest first, if asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sigma: Option<Vec<f64>>,
+}
+
+/// A tensor that was not measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Tensor.
+    pub name: String,
+    /// Source.
+    pub label: String,
+    /// Why.
+    pub reason: Reason,
+    /// The reason in words.
+    pub detail: String,
+}
+
+/// Why a tensor was not measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Its shape has not two extents.
+    NotAMatrix,
+    /// It holds integers, booleans or packed numbers.
+    NotFloatingPoint,
+    /// Only one side has it.
+    OneSideOnly,
+    /// Its difference holds NaN or infinity.
+    NonFinite,
+}
+
+impl Spectrum {
+    /// Whether every gate held.
+    pub fn passed(&self) -> bool {
+        self.gates.iter().all(|g| g.passed)
+    }
+}
+
+/// Measures every matrix of every source.
+pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
+    check_labels(options)?;
+    let opened = options.requests.iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
+    let (mut jobs, mut skipped) = (Vec::new(), Vec::new());
+    for source in &opened {
+        source.plan(options, &mut jobs, &mut skipped)?;
+    }
+    check_gates(options, &jobs)?;
+    let bar = progress.count("singular values", jobs.len() as u64);
+    let results = schedule::run(&jobs, Job::cost, |job| measure(job, options), |_| bar.inc(1));
+    bar.finish_and_clear();
+    let mut matrices = Vec::new();
+    for result in results? {
+        match result {
+            Measured::Matrix(matrix) => matrices.push(*matrix),
+            Measured::Skipped(skip) => {
+                progress.warn(&format!("{} ('{}') is not measured: {}", skip.name, skip.label, skip.detail));
+                skipped.push(skip);
+            }
+        }
+    }
+    if matrices.is_empty() && jobs.is_empty() {
+        return Err(nothing_to_measure(options, &skipped));
+    }
+    let sources: Vec<Source> = opened.iter().map(Opened::describe).collect();
+    let gates = judge(&options.gates, &sources, &matrices)?;
+    Ok(Spectrum { schema: 1, groups: groups::groups(&matrices), sources, matrices, gates, skipped })
+}
+
+fn check_labels(options: &Options) -> Result<()> {
+    let labels: Vec<&str> = options.requests.iter().map(Request::label).collect();
+    match labels.iter().enumerate().find(|(i, label)| labels[..*i].contains(label)) {
+        None => Ok(()),
+        Some((_, label)) => {
+            Err(Error::request(format!("two sources are called '{label}'"))
+                .help("give each a name of its own: LABEL=PATH"))
+        }
+    }
+}
+
+/// Every gate must ask about at least one matrix of each source, and know its rank if it compares with it.
+fn check_gates(options: &Options, jobs: &[Job]) -> Result<()> {
+    for gate in &options.gates {
+        for label in options.requests.iter().map(Request::label) {
+            let mut asked = jobs.iter().filter(|j| j.label == label && gate.covers(&j.name)).peekable();
+            if asked.peek().is_none() {
+                return Err(gate.no_match(label));
+            }
+            if gate.needs_rank() && asked.any(|j| j.r.is_none()) {
+                return Err(gate.no_rank(label));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn judge(gates: &[Gate], sources: &[Source], matrices: &[Matrix]) -> Result<Vec<GateResult>> {
+    let mut results = Vec::new();
+    for gate in gates {
+        for label in sources.iter().map(|s| s.label.as_str()) {
+            let of_label = matrices.iter().filter(|m| m.label == label);
+            let candidates: Vec<Candidate> =
+                of_label.map(|m| Candidate { label, name: &m.name, r: m.r, measures: &m.measures }).collect();
+            results.push(gate.judge(label, &candidates)?);
+        }
+    }
+    Ok(results)
+}
+
+fn nothing_to_measure(options: &Options, skipped: &[Skipped]) -> Error {
+    let why = if skipped.is_empty() { String::new() } else { format!(" ({} tensors are no matrices)", skipped.len()) };
+    let error = Error::request(format!("there is no matrix to measure{why}"));
+    if options.filter.is_empty() {
+        error
+    } else {
+        error.help("--filter may be too narrow: it matches whole tensor names")
+    }
+}
+
+enum Measured {
+    Matrix(Box<Matrix>),
+    Skipped(Skipped),
+}
+
+fn measure(job: &Job, options: &Options) -> Result<Measured> {
+    let (sigma, noise_edge) = match &job.work {
+        Work::Pair { pair, roundings } => {
+            let mut ulps = UlpSums::new(pair.shape.0, pair.shape.1);
+            match dense(pair, &mut ulps)? {
+                Ok(sigma) => (sigma, ulps.noise_edge(*roundings)),
+                Err(found) if options.skip_nonfinite => return Ok(Measured::Skipped(job.skip(pair, found))),
+                Err(found) => {
+                    return Err(Error::request(format!("tensor '{}' {}", job.name, non_finite(pair, found)))
+                        .help("pass --skip-nonfinite to report it and go on"));
+                }
+            }
+        }
+    };
+    let tolerance = options.rank_tolerance.unwrap_or_else(|| measures::default_tolerance(job.shape));
+    let measures = Measures::new(&sigma, job.shape, tolerance, noise_edge);
+    Ok(Measured::Matrix(Box::new(job.matrix(measures, options.sigma.then_some(sigma)))))
+}
+
+/// Singular values of the difference, from the whole dense matrix.
+fn dense(pair: &Pair, ulps: &mut UlpSums) -> Result<std::result::Result<Vec<f64>, NonFinite>> {
+    let (m, n) = pair.shape;
+    let mut delta = vec![0.0; m * n];
+    match pair.block(0..m, 0..n, &mut delta, ulps)? {
+        Some(found) => Ok(Err(found)),
+        None => svd::singular_values(&mut delta, m, n).map(Ok),
+    }
+}
+
+/// `has a delta that is not finite at [i, j]: base holds ..`
+fn non_finite(pair: &Pair, found: NonFinite) -> String {
+    let ((i, j), file) = (found.index, |t: crate::checkpoint::Tensor| t.file().path().display().to_string());
+    format!(
+        "has a delta that is not finite at [{i}, {j}]: '{}' holds {} and '{}' holds {}",
+        file(pair.base),
+        found.base,
+        file(pair.tuned),
+        found.tuned
+    )
+}

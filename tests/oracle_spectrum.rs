@@ -1,0 +1,96 @@
+//! Singular values and measures against NumPy's float64 SVD (reference values outside this repository).
+
+mod common;
+
+use relora_kit::{
+    progress::Progress,
+    spectrum::{self, Labelled, Matrix, Options, Request, Spectrum, measures::Metric},
+};
+use serde_json::Value;
+use std::path::Path;
+
+/// Our key -> theirs. `numerical_rank` and the energy ranks are compared on their own, with the margins given.
+const SAME: [(&str, &str); 8] = [
+    ("spectral_norm", "spectral_norm"),
+    ("frobenius_norm", "frobenius_norm"),
+    ("nuclear_norm", "nuclear_norm"),
+    ("effective_rank", "effective_rank"),
+    ("stable_rank", "stable_rank"),
+    ("participation_ratio", "participation_ratio"),
+    ("below_0_1", "count_below_0.1"),
+    ("numerical_rank", "numerical_rank"),
+];
+
+fn measure(folder: &Path, expected: &Value, roundings: u64) -> Spectrum {
+    let side = |key: &str| folder.join(expected[key].as_str().map_or(format!("{key}.safetensors"), str::to_owned));
+    let tuned = Labelled { label: "x".into(), path: side("wn") };
+    let request = Request::Checkpoints { base: side("w0"), tuned };
+    let options =
+        Options { requests: vec![request], skip_nonfinite: true, sigma: true, roundings, ..Options::default() };
+    spectrum::run(&options, &Progress::hidden()).unwrap()
+}
+
+fn compare(case: &str, name: &str, ours: &Matrix, theirs: &Value) {
+    let place = format!("{case} {name}");
+    let sigma: Vec<f64> = theirs["singular_values"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).collect();
+    let found = ours.sigma.as_ref().unwrap();
+    assert_eq!(found.len(), sigma.len(), "{place}");
+    let s1 = sigma.first().copied().unwrap_or(0.0);
+    for (i, (a, b)) in found.iter().zip(&sigma).enumerate() {
+        assert!((a - b).abs() <= 1e-6 * s1, "{place}: s{i} is {a}, expected {b}");
+    }
+    for (key, their_key) in SAME {
+        let metric = ours.measures.get(Metric::find(key).unwrap());
+        match (metric, theirs[their_key].as_f64()) {
+            (Some(a), Some(b)) => assert!((a - b).abs() <= 1e-6 * b.abs(), "{place}: {key} is {a}, expected {b}"),
+            (a, b) => assert_eq!(a, b, "{place}: {key}"),
+        }
+    }
+    for (rank, key) in [(ours.measures.energy_rank_90, "0.90"), (ours.measures.energy_rank_99, "0.99")] {
+        if theirs[format!("energy_margin_{key}")].as_f64().is_none_or(|margin| margin > 1e-9) {
+            assert_eq!(Some(rank as u64), theirs[format!("energy_rank_{key}")].as_u64(), "{place}: energy {key}");
+        }
+    }
+    // The smallest value of a rank-deficient matrix is rounding; where it is not, the condition number is sharp.
+    if theirs["condition_number"].as_f64().is_some_and(|c| c < 1e6) {
+        let (a, b) = (ours.measures.condition_number.unwrap(), theirs["condition_number"].as_f64().unwrap());
+        assert!((a - b).abs() <= 1e-6 * b, "{place}: condition_number is {a}, expected {b}");
+    }
+}
+
+#[test]
+fn every_case_agrees_with_numpy() {
+    let Some(oracles) = common::oracles() else { return };
+    let mut compared = 0;
+    for entry in std::fs::read_dir(oracles.join("spectrum")).unwrap() {
+        let folder = entry.unwrap().path();
+        let Ok(text) = std::fs::read(folder.join("expected.json")) else { continue };
+        let expected: Value = serde_json::from_slice(&text).unwrap();
+        let spectrum = measure(&folder, &expected, 1);
+        let case = folder.file_name().unwrap().to_string_lossy().into_owned();
+        for (name, theirs) in expected["tensors"].as_object().unwrap() {
+            let ours = spectrum.matrices.iter().find(|m| m.name == *name);
+            if theirs["not_a_matrix"] == true || theirs["non_finite_elements"].as_u64().is_some_and(|n| n > 0) {
+                assert!(ours.is_none(), "{case} {name} should have been skipped");
+                assert!(spectrum.skipped.iter().any(|s| s.name == *name), "{case} {name} is not listed");
+                continue;
+            }
+            compare(&case, name, ours.unwrap_or_else(|| panic!("{case} {name} is missing")), theirs);
+            compared += 1;
+        }
+    }
+    assert!(compared > 20, "only {compared} matrices were compared");
+}
+
+/// Stored in bf16, a sum of six rank-4 updates has numerical rank 96; above the rounding noise it has rank 24.
+#[test]
+fn rounding_does_not_pass_for_rank() {
+    let Some(oracles) = common::oracles() else { return };
+    let cases = [("bf16", 1), ("f16", 1), ("f32", 1), ("f32_seq", 6), ("f16_seq", 6)];
+    for (case, roundings) in cases.map(|(c, roundings)| (format!("sum6_rank4_{c}"), roundings)) {
+        let folder = oracles.join("spectrum").join(&case);
+        let expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+        let spectrum = measure(&folder, &expected, roundings);
+        assert_eq!(spectrum.matrices[0].measures.rank_above_noise, 24, "{case}");
+    }
+}
