@@ -14,5 +14,8 @@ pub mod delta;
 pub mod run;
 pub mod spectrum;
 
+pub mod model;
+pub mod ops;
+
 pub mod cli;
 pub mod report;

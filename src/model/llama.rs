@@ -1,0 +1,186 @@
+//! The whole model: embedding, blocks, final norm, head and loss; forward and then backward.
+//!
+//! The head and the loss work on a few rows at a time, forward and backward at once: the logits of a batch never exist
+//! in full.
+
+use super::{
+    Model,
+    block::{self, Block, Saved, Scratch, Shape},
+    config::LlamaConfig,
+    lora::LoraSpec,
+    params::Param,
+};
+use crate::{
+    error::{Error, Result},
+    ops::{Device, IGNORE, Mat, MatMut},
+};
+
+/// Logits that exist at a time.
+const LOGITS: usize = 1 << 23;
+
+/// All activations of one batch shape.
+pub(super) struct Workspace<D: Device> {
+    shape: Shape<D>,
+    /// The residual stream before each block, and after the last: L + 1 of (N, C).
+    residual: Vec<D::Buffer>,
+    blocks: Vec<(Block, Saved<D>)>,
+    scratch: Scratch<D>,
+    final_rstd: D::Buffer,
+    /// Rows of logits that exist at a time.
+    chunk: usize,
+    logits: D::Buffer,
+    /// One loss per row (N).
+    losses: D::Buffer,
+}
+
+impl<D: Device> Workspace<D> {
+    fn new(
+        device: &D,
+        config: &LlamaConfig,
+        blocks: Vec<Block>,
+        lora: Option<&LoraSpec>,
+        batch: usize,
+        len: usize,
+    ) -> Self {
+        let rows = batch * len;
+        let chunk = (LOGITS / config.vocab_size).clamp(32, rows.max(32)).min(rows);
+        Workspace {
+            shape: Shape::new(device, config, batch, len),
+            residual: (0..=blocks.len()).map(|_| device.zeros(rows * config.hidden_size)).collect(),
+            blocks: blocks.into_iter().map(|b| (b, Saved::new(device, config, rows, lora))).collect(),
+            scratch: Scratch::new(device, config, rows, lora),
+            final_rstd: device.zeros(rows),
+            chunk,
+            logits: device.zeros(chunk * config.vocab_size),
+            losses: device.zeros(rows),
+        }
+    }
+
+    fn fits(&self, batch: usize, len: usize) -> bool {
+        (self.shape.attention.batch, self.shape.attention.len) == (batch, len)
+    }
+}
+
+impl<D: Device> Model<D> {
+    /// One forward and backward over `batch` windows of `len` tokens (row-major); inside each window, token t predicts
+    /// token t+1. Returns the mean loss of the `batch · (len - 1)` predictions, in nats, and adds `grad_scale` times its
+    /// gradient to the gradients of what trains.
+    pub fn forward_backward(&mut self, tokens: &[u32], batch: usize, len: usize, grad_scale: f32) -> Result<f64> {
+        self.check_tokens(tokens, batch, len, 2)?;
+        self.run_blocks(tokens, batch, len);
+        let predictions = (batch * (len - 1)) as f64;
+        self.run_head(tokens, len, Some((f64::from(grad_scale) / predictions) as f32));
+        self.run_backward(tokens);
+        self.device.status()?;
+        Ok(self.sum_of_losses() / predictions)
+    }
+
+    /// Sum of the losses, in nats, and the number of predictions; no gradients.
+    pub fn loss(&mut self, tokens: &[u32], batch: usize, len: usize) -> Result<(f64, u64)> {
+        self.check_tokens(tokens, batch, len, 2)?;
+        self.run_blocks(tokens, batch, len);
+        self.run_head(tokens, len, None);
+        self.device.status()?;
+        Ok((self.sum_of_losses(), (batch * (len - 1)) as u64))
+    }
+
+    /// Logits of every position (N, V), on the host.
+    pub fn logits(&mut self, tokens: &[u32], batch: usize, len: usize) -> Result<Vec<f32>> {
+        self.check_tokens(tokens, batch, len, 1)?;
+        self.run_blocks(tokens, batch, len);
+        let Model { device, config, params, layout, workspace, .. } = self;
+        let workspace = workspace.as_mut().expect("the blocks have just run");
+        let (rows, width, vocab) = (batch * len, config.hidden_size, config.vocab_size);
+        let mut all = Vec::with_capacity(rows * vocab);
+        for first in (0..rows).step_by(workspace.chunk) {
+            let count = workspace.chunk.min(rows - first);
+            let h = Mat::new(&workspace.scratch.h, count, width).from_row(first);
+            let head = Mat::new(&params[layout.head()].value, vocab, width);
+            device.matmul(1.0, h, head.t(), 0.0, MatMut::new(&mut workspace.logits, count, vocab));
+            all.extend_from_slice(&device.read(&workspace.logits)[..count * vocab]);
+        }
+        device.status()?;
+        Ok(all)
+    }
+
+    fn check_tokens(&self, tokens: &[u32], batch: usize, len: usize, least: usize) -> Result<()> {
+        if batch == 0 || len < least || tokens.len() != batch * len {
+            return Err(Error::request(format!(
+                "a batch of {batch} windows of {len} tokens cannot be made of {} tokens (windows need {least} or more)",
+                tokens.len()
+            )));
+        }
+        match tokens.iter().position(|&t| t as usize >= self.config.vocab_size) {
+            None => Ok(()),
+            Some(at) => Err(Error::request(format!(
+                "token {} at position {at} of the batch is outside the model's vocabulary of {}",
+                tokens[at], self.config.vocab_size
+            ))
+            .help("the data were tokenized for another model")),
+        }
+    }
+
+    fn sum_of_losses(&self) -> f64 {
+        self.workspace.as_ref().map_or(0.0, |w| self.device.sum(&w.losses))
+    }
+
+    /// From tokens to the normed output of the last block, in `scratch.h`.
+    fn run_blocks(&mut self, tokens: &[u32], batch: usize, len: usize) {
+        let Model { device, config, params, layout, lora, workspace, .. } = self;
+        if !workspace.as_ref().is_some_and(|w| w.fits(batch, len)) {
+            // The old one goes first: there is never memory for two.
+            *workspace = None;
+            let blocks = (0..config.num_hidden_layers).map(|i| Block::new(layout, i, lora.as_ref())).collect();
+            *workspace = Some(Workspace::new(device, config, blocks, lora.as_ref(), batch, len));
+        }
+        let Some(Workspace { shape, residual, blocks, scratch, final_rstd, .. }) = workspace else { return };
+        let tokens = device.upload_tokens(tokens);
+        device.embedding_forward(&tokens, &params[layout.embedding()].value, &mut residual[0]);
+        for (i, (block, saved)) in blocks.iter_mut().enumerate() {
+            let (before, after) = residual.split_at_mut(i + 1);
+            block::forward(device, params, block, shape, &before[i], saved, scratch, &mut after[0]);
+        }
+        let norm = &params[layout.final_norm()].value;
+        device.rms_norm_forward(&residual[blocks.len()], norm, shape.eps, &mut scratch.h, final_rstd);
+    }
+
+    /// From `scratch.h` to the losses; with a scale, also to `scratch.dh` and the head's gradient.
+    fn run_head(&mut self, tokens: &[u32], len: usize, scale: Option<f32>) {
+        let Model { device, config, params, layout, workspace, .. } = self;
+        let Some(Workspace { scratch, chunk, logits, losses, .. }) = workspace else { return };
+        let targets: Vec<u32> = tokens.chunks(len).flat_map(|w| w[1..].iter().copied().chain([IGNORE])).collect();
+        let targets = device.upload_tokens(&targets);
+        let (rows, width, vocab) = (tokens.len(), config.hidden_size, config.vocab_size);
+        let Param { value, grad, .. } = &mut params[layout.head()];
+        let head = || Mat::new(&*value, vocab, width);
+        for first in (0..rows).step_by(*chunk) {
+            let count = (*chunk).min(rows - first);
+            let h = || Mat::new(&scratch.h, count, width).from_row(first);
+            device.matmul(1.0, h(), head().t(), 0.0, MatMut::new(logits, count, vocab));
+            device.cross_entropy(vocab, first, count, &targets, logits, losses, scale);
+            if scale.is_some() {
+                let dlogits = || Mat::new(&*logits, count, vocab);
+                let dh = MatMut::new(&mut scratch.dh, count, width).from_row(first);
+                device.matmul(1.0, dlogits(), head(), 0.0, dh);
+                if let Some(grad) = grad {
+                    device.matmul(1.0, dlogits().t(), h(), 1.0, MatMut::new(grad, vocab, width));
+                }
+            }
+        }
+    }
+
+    /// From `scratch.dh` back to the embedding.
+    fn run_backward(&mut self, tokens: &[u32]) {
+        let Model { device, params, layout, workspace, .. } = self;
+        let Some(Workspace { shape, residual, blocks, scratch, final_rstd, .. }) = workspace else { return };
+        device.fill(&mut scratch.dx, 0.0);
+        let norm = &mut params[layout.final_norm()];
+        block::norm_backward(device, norm, &residual[blocks.len()], final_rstd, &scratch.dh, &mut scratch.dx);
+        for (i, (block, saved)) in blocks.iter_mut().enumerate().rev() {
+            block::backward(device, params, block, shape, &residual[i], saved, scratch);
+        }
+        if let Some(grad) = &mut params[layout.embedding()].grad {
+            device.embedding_backward(&device.upload_tokens(tokens), &scratch.dx, grad);
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! The table of parameters: name, kind, shape; their initial values and how they are read from a checkpoint.
+
+use super::{config::LlamaConfig, init, linear::Linear, lora::LoraSpec};
+use crate::{
+    checkpoint::{Checkpoint, Tensor},
+    error::{Error, Result},
+    interrupt,
+    ops::Device,
+};
+use std::{collections::HashSet, path::PathBuf};
+
+/// What a parameter is for. Decides how it starts and which of them train.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParamKind {
+    /// `model.embed_tokens.weight` (V, C); with tied embeddings the head, too.
+    Embedding,
+    /// RMSNorm weights (C).
+    Norm,
+    /// `lm_head.weight` (V, C).
+    Head,
+    /// The seven projections of a block (out, in).
+    Linear,
+    /// The inner LoRA factor A (r, in).
+    LoraA,
+    /// The outer LoRA factor B (out, r).
+    LoraB,
+}
+
+/// One named tensor, and its gradient while it trains.
+pub struct Param<D: Device> {
+    /// Hugging Face's name; for LoRA factors `....q_proj.lora_A.weight`.
+    pub name: String,
+    /// What it is for.
+    pub kind: ParamKind,
+    /// Extents, row-major.
+    pub shape: Vec<usize>,
+    /// Whether it has a gradient.
+    pub trainable: bool,
+    /// The values.
+    pub value: D::Buffer,
+    /// Accumulated gradient; there if and only if `trainable`.
+    pub grad: Option<D::Buffer>,
+}
+
+impl<D: Device> Param<D> {
+    pub(super) fn new(name: String, kind: ParamKind, shape: Vec<usize>, value: D::Buffer) -> Self {
+        Param { name, kind, shape, trainable: false, value, grad: None }
+    }
+
+    pub(super) fn set_trainable(&mut self, device: &D, trainable: bool) {
+        self.trainable = trainable;
+        match (trainable, &self.grad) {
+            (true, None) => self.grad = Some(device.zeros(self.elements())),
+            (false, _) => self.grad = None,
+            _ => {}
+        }
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Name, kind and shape of every parameter but the LoRA factors, in Hugging Face's order.
+pub(super) fn table(config: &LlamaConfig) -> Vec<(String, ParamKind, Vec<usize>)> {
+    let (c, f, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
+    let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    let mut table = vec![("model.embed_tokens.weight".to_owned(), ParamKind::Embedding, vec![v, c])];
+    for i in 0..config.num_hidden_layers {
+        let linears = [[q, c], [kv, c], [kv, c], [c, q], [f, c], [f, c], [c, f]];
+        for (module, shape) in TARGETS.iter().zip(linears) {
+            table.push((format!("model.layers.{i}.{module}.weight"), ParamKind::Linear, shape.to_vec()));
+        }
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            table.push((format!("model.layers.{i}.{norm}.weight"), ParamKind::Norm, vec![c]));
+        }
+    }
+    table.push(("model.norm.weight".to_owned(), ParamKind::Norm, vec![c]));
+    if !config.tie_word_embeddings {
+        table.push((HEAD.to_owned(), ParamKind::Head, vec![v, c]));
+    }
+    table
+}
+
+/// The linear modules of a block, in the order of [`table`]. LoRA factors are added to all of them.
+pub(super) const TARGETS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+const HEAD: &str = "lm_head.weight";
+
+/// Parameters of one block in [`table`].
+const PER_BLOCK: usize = TARGETS.len() + 2;
+
+/// Where each parameter is in the list.
+pub(super) struct Layout {
+    layers: usize,
+    tied: bool,
+}
+
+impl Layout {
+    pub fn new(config: &LlamaConfig) -> Self {
+        Layout { layers: config.num_hidden_layers, tied: config.tie_word_embeddings }
+    }
+
+    pub fn embedding(&self) -> usize {
+        0
+    }
+
+    /// The `which`-th of [`TARGETS`] in block `layer`.
+    pub fn linear(&self, layer: usize, which: usize, lora: Option<&LoraSpec>) -> Linear {
+        let factors = |spec: &LoraSpec| {
+            let a = self.len() + 2 * (layer * TARGETS.len() + which);
+            (a, a + 1, spec.scaling as f32)
+        };
+        Linear { weight: 1 + layer * PER_BLOCK + which, lora: lora.map(factors) }
+    }
+
+    /// The norm before attention (`which` 0) or before the MLP (1) of block `layer`.
+    pub fn norm(&self, layer: usize, which: usize) -> usize {
+        1 + layer * PER_BLOCK + TARGETS.len() + which
+    }
+
+    pub fn final_norm(&self) -> usize {
+        1 + self.layers * PER_BLOCK
+    }
+
+    pub fn head(&self) -> usize {
+        if self.tied { self.embedding() } else { self.final_norm() + 1 }
+    }
+
+    /// Parameters before the first LoRA factor.
+    pub fn len(&self) -> usize {
+        self.final_norm() + if self.tied { 1 } else { 2 }
+    }
+}
+
+pub(super) fn init<D: Device>(device: &D, config: &LlamaConfig, seed: u64) -> Vec<Param<D>> {
+    let fill = |(name, kind, shape): (String, ParamKind, Vec<usize>)| {
+        let len = shape.iter().product();
+        let values = match kind {
+            ParamKind::Norm => vec![1.0; len],
+            _ => init::normal(seed, &name, config.initializer_range, len),
+        };
+        Param::new(name, kind, shape, device.upload(&values))
+    };
+    table(config).into_iter().map(fill).collect()
+}
+
+/// `config.json` in the checkpoint's folder, or beside the file.
+pub(super) fn config_path(checkpoint: &Checkpoint) -> PathBuf {
+    let folder = checkpoint.folder().or(checkpoint.path().parent());
+    folder.map(|f| f.join("config.json")).unwrap_or_else(|| "config.json".into())
+}
+
+pub(super) fn load<D: Device>(device: &D, config: &LlamaConfig, checkpoint: &Checkpoint) -> Result<Vec<Param<D>>> {
+    let table = table(config);
+    check_names(config, checkpoint, &table)?;
+    let mut params = Vec::with_capacity(table.len());
+    for (name, kind, shape) in table {
+        interrupt::check()?;
+        let tensor = checkpoint.tensor(&name)?;
+        if tensor.shape() != shape {
+            return Err(Error::request(format!(
+                "tensor '{name}' in '{}' has shape {:?}, but config.json calls for {shape:?}",
+                tensor.file().path().display(),
+                tensor.shape()
+            )));
+        }
+        let values = tensor.to_f32()?;
+        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+            return Err(Error::request(format!(
+                "tensor '{name}' in '{}' holds {} at element {at}",
+                tensor.file().path().display(),
+                values[at]
+            ))
+            .help("a model with such weights cannot be trained or evaluated; look at it with `relora-kit inspect --stats`"));
+        }
+        params.push(Param::new(name, kind, shape, device.upload(&values)));
+    }
+    Ok(params)
+}
+
+/// Every name of the table is in the checkpoint, and nothing else is, but what older writers added without need.
+fn check_names(config: &LlamaConfig, checkpoint: &Checkpoint, table: &[(String, ParamKind, Vec<usize>)]) -> Result<()> {
+    let path = checkpoint.path().display();
+    let known: HashSet<&str> = table.iter().map(|(name, ..)| name.as_str()).collect();
+    let missing: Vec<&str> = known.iter().copied().filter(|name| checkpoint.get(name).is_none()).collect();
+    if let Some(first) = table.iter().map(|t| t.0.as_str()).find(|name| missing.contains(name)) {
+        return Err(Error::request(format!(
+            "'{path}' lacks {} of the {} tensors of this LLaMA model (first: '{first}')",
+            missing.len(),
+            known.len()
+        ))
+        .help("check that config.json belongs to these weights"));
+    }
+    let embedding = checkpoint.get("model.embed_tokens.weight");
+    let harmless = |tensor: &Tensor| {
+        let copy_of_tied = config.tie_word_embeddings
+            && tensor.name() == HEAD
+            && embedding.is_some_and(|e| e.dtype() == tensor.dtype() && e.bytes() == tensor.bytes());
+        copy_of_tied || tensor.name().ends_with("rotary_emb.inv_freq")
+    };
+    let surplus: Vec<&str> =
+        checkpoint.tensors().filter(|t| !known.contains(t.name()) && !harmless(t)).map(|t| t.name()).collect();
+    if let Some(first) = surplus.first() {
+        return Err(Error::request(format!(
+            "'{path}' holds {} tensors that are not part of this LLaMA model (first: '{first}')",
+            surplus.len()
+        ))
+        .help("check that config.json belongs to these weights"));
+    }
+    Ok(())
+}

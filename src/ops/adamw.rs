@@ -1,0 +1,75 @@
+//! AdamW (arXiv:1711.05101) in one pass, in PyTorch's order of operations.
+
+use super::elementwise::BLOCK;
+use rayon::prelude::*;
+
+/// What one update needs besides the tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Learning rate of this update.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay: `p *= 1 - lr · weight_decay` before the update.
+    pub weight_decay: f64,
+    /// Updates of this tensor, this one included: 1 for the first.
+    pub step: u64,
+    /// The gradient is multiplied by this first: clipping, accumulation.
+    pub grad_scale: f64,
+}
+
+pub fn update(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    assert_eq!((g.len(), m.len(), v.len()), (p.len(), p.len(), p.len()), "adamw: lengths");
+    let t = step.step as f64;
+    let keep = (1.0 - step.lr * step.weight_decay) as f32;
+    let (b1, b2) = (step.beta1 as f32, step.beta2 as f32);
+    let (c1, c2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
+    let size = (step.lr / (1.0 - step.beta1.powf(t))) as f32;
+    let root = (1.0 / (1.0 - step.beta2.powf(t)).sqrt()) as f32;
+    let (eps, grad_scale) = (step.eps as f32, step.grad_scale as f32);
+    let blocks =
+        p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
+    blocks.for_each(|(((p, g), m), v)| {
+        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * grad_scale;
+            *m = b1 * *m + c1 * g;
+            *v = b2 * *v + c2 * (g * g);
+            *p = *p * keep - size * *m / (v.sqrt() * root + eps);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, noise, wide};
+
+    #[test]
+    fn updates_match_the_formula_in_f64() {
+        let n = 53;
+        let mut settings =
+            AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step: 0, grad_scale: 0.5 };
+        let (mut p, mut m, mut v) = (noise(1, n), vec![0.0; n], vec![0.0; n]);
+        let (mut p64, mut m64, mut v64) = (wide(&p), vec![0.0f64; n], vec![0.0f64; n]);
+        for t in 1..=5u64 {
+            settings.step = t;
+            let g = noise(10 + t, n);
+            update(&settings, &mut p, &g, &mut m, &mut v);
+            for i in 0..n {
+                let g = f64::from(g[i]) * 0.5;
+                p64[i] *= 1.0 - 1e-2 * 0.1;
+                m64[i] = 0.9 * m64[i] + 0.1 * g;
+                v64[i] = 0.999 * v64[i] + 0.001 * g * g;
+                let (mh, vh) = (m64[i] / (1.0 - 0.9f64.powi(t as i32)), v64[i] / (1.0 - 0.999f64.powi(t as i32)));
+                p64[i] -= 1e-2 * mh / (vh.sqrt() + 1e-8);
+            }
+            assert_close("p", &p, &p64, 1e-6);
+            assert_close("m", &m, &m64, 1e-6);
+            assert_close("v", &v, &v64, 1e-6);
+        }
+    }
+}

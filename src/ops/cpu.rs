@@ -1,0 +1,154 @@
+//! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
+
+use super::{
+    AdamW, AttentionShape, Device, Mat, MatMut, RopeShape, adamw, attention, cross_entropy, elementwise, embedding,
+    matmul, rms_norm, rope, swiglu,
+};
+use crate::error::Result;
+
+/// The host's processor and memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu;
+
+impl Device for Cpu {
+    type Buffer = Vec<f32>;
+    type Tokens = Vec<u32>;
+
+    fn zeros(&self, len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
+
+    fn upload(&self, values: &[f32]) -> Vec<f32> {
+        values.to_vec()
+    }
+
+    fn write(&self, buffer: &mut Vec<f32>, values: &[f32]) {
+        elementwise::copy(values, buffer);
+    }
+
+    fn read(&self, buffer: &Vec<f32>) -> Vec<f32> {
+        buffer.clone()
+    }
+
+    fn len(&self, buffer: &Vec<f32>) -> usize {
+        buffer.len()
+    }
+
+    fn upload_tokens(&self, tokens: &[u32]) -> Vec<u32> {
+        tokens.to_vec()
+    }
+
+    fn status(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn fill(&self, x: &mut Vec<f32>, value: f32) {
+        elementwise::fill(x, value);
+    }
+
+    fn scale(&self, x: &mut Vec<f32>, factor: f32) {
+        elementwise::scale(x, factor);
+    }
+
+    fn axpy(&self, alpha: f32, x: &Vec<f32>, y: &mut Vec<f32>) {
+        elementwise::axpy(alpha, x, y);
+    }
+
+    fn copy(&self, x: &Vec<f32>, y: &mut Vec<f32>) {
+        elementwise::copy(x, y);
+    }
+
+    fn sum_of_squares(&self, x: &Vec<f32>) -> f64 {
+        elementwise::sum_of_squares(x)
+    }
+
+    fn matmul(&self, alpha: f32, a: Mat<Vec<f32>>, b: Mat<Vec<f32>>, beta: f32, c: MatMut<Vec<f32>>) {
+        matmul::matmul(alpha, a, b, beta, c);
+    }
+
+    fn embedding_forward(&self, tokens: &Vec<u32>, table: &Vec<f32>, y: &mut Vec<f32>) {
+        embedding::forward(tokens, table, y);
+    }
+
+    fn embedding_backward(&self, tokens: &Vec<u32>, dy: &Vec<f32>, dtable: &mut Vec<f32>) {
+        embedding::backward(tokens, dy, dtable);
+    }
+
+    fn rms_norm_forward(&self, x: &Vec<f32>, weight: &Vec<f32>, eps: f32, y: &mut Vec<f32>, rstd: &mut Vec<f32>) {
+        rms_norm::forward(x, weight, eps, y, rstd);
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Vec<f32>,
+        weight: &Vec<f32>,
+        rstd: &Vec<f32>,
+        dy: &Vec<f32>,
+        dx: &mut Vec<f32>,
+        dweight: Option<&mut Vec<f32>>,
+    ) {
+        rms_norm::backward(x, weight, rstd, dy, dx, dweight.map(|d| &mut d[..]));
+    }
+
+    fn rope_forward(&self, shape: RopeShape, cos: &Vec<f32>, sin: &Vec<f32>, x: &mut Vec<f32>) {
+        rope::forward(shape, cos, sin, x);
+    }
+
+    fn rope_backward(&self, shape: RopeShape, cos: &Vec<f32>, sin: &Vec<f32>, dx: &mut Vec<f32>) {
+        rope::backward(shape, cos, sin, dx);
+    }
+
+    fn attention_forward(
+        &self,
+        shape: AttentionShape,
+        q: &Vec<f32>,
+        k: &Vec<f32>,
+        v: &Vec<f32>,
+        o: &mut Vec<f32>,
+        lse: &mut Vec<f32>,
+    ) {
+        attention::forward(shape, q, k, v, o, lse);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        [q, k, v]: [&Vec<f32>; 3],
+        o: &Vec<f32>,
+        lse: &Vec<f32>,
+        d_o: &Vec<f32>,
+        [dq, dk, dv]: [&mut Vec<f32>; 3],
+    ) {
+        attention::backward(shape, [q, k, v], o, lse, d_o, [dq, dk, dv]);
+    }
+
+    fn swiglu_forward(&self, gate: &Vec<f32>, up: &Vec<f32>, y: &mut Vec<f32>) {
+        swiglu::forward(gate, up, y);
+    }
+
+    fn swiglu_backward(&self, dy: &Vec<f32>, gate: &mut Vec<f32>, up: &mut Vec<f32>) {
+        swiglu::backward(dy, gate, up);
+    }
+
+    fn cross_entropy(
+        &self,
+        vocab: usize,
+        first: usize,
+        rows: usize,
+        targets: &Vec<u32>,
+        logits: &mut Vec<f32>,
+        losses: &mut Vec<f32>,
+        scale: Option<f32>,
+    ) {
+        let own = first..first + rows;
+        cross_entropy::rows(vocab, &targets[own.clone()], &mut logits[..rows * vocab], &mut losses[own], scale);
+    }
+
+    fn sum(&self, x: &Vec<f32>) -> f64 {
+        elementwise::sum(x)
+    }
+
+    fn adamw(&self, step: &AdamW, p: &mut Vec<f32>, g: &Vec<f32>, m: &mut Vec<f32>, v: &mut Vec<f32>) {
+        adamw::update(step, p, g, m, v);
+    }
+}

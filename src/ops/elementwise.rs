@@ -1,0 +1,61 @@
+//! Loops over whole buffers: `scale`, `axpy`, sums.
+
+use super::math;
+use rayon::prelude::*;
+
+/// Elements that one task takes: fixed, so that no result depends on the number of threads.
+pub(super) const BLOCK: usize = 1 << 15;
+
+pub fn fill(x: &mut [f32], value: f32) {
+    x.par_chunks_mut(BLOCK).for_each(|x| x.fill(value));
+}
+
+pub fn scale(x: &mut [f32], factor: f32) {
+    x.par_chunks_mut(BLOCK).for_each(|x| {
+        for x in x {
+            *x *= factor;
+        }
+    });
+}
+
+pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "axpy: lengths");
+    y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += alpha * x;
+        }
+    });
+}
+
+pub fn copy(x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "copy: lengths");
+    y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(y, x)| y.copy_from_slice(x));
+}
+
+pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let parts: Vec<f64> = x.par_chunks(BLOCK).map(|x| math::sum_by(x, x, |x, _| x * x)).collect();
+    parts.iter().sum()
+}
+
+pub fn sum(x: &[f32]) -> f64 {
+    x.iter().map(|&x| f64::from(x)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, noise, wide};
+
+    #[test]
+    fn loops_agree_with_f64_over_several_blocks() {
+        let n = 2 * BLOCK + 77;
+        let (x, mut y) = (noise(1, n), noise(2, n));
+        let expected: Vec<f64> = wide(&y).iter().zip(wide(&x)).map(|(y, x)| 2.0 * (y + 0.5 * x)).collect();
+        axpy(0.5, &x, &mut y);
+        scale(&mut y, 2.0);
+        assert_close("axpy, scale", &y, &expected, 1e-6);
+        let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
+        assert!((sum_of_squares(&x) / squares - 1.0).abs() < 1e-6);
+        assert!((sum(&x) - wide(&x).iter().sum::<f64>()).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,210 @@
+//! The small set of operations on buffers that training needs, and the trait a device implements.
+//!
+//! Shapes, row-major: B windows (batch), T positions (len), N = B·T rows, C hidden width, H query heads, K key/value
+//! heads, D head width, F inner width of the MLP, V vocabulary.
+//!
+//! Gradient contract: gradients of parameters accumulate (`+=`), gradients of activations overwrite (`=`).
+//! The exception is the residual stream: what flows back through a norm is added to the gradient that bypassed it.
+//!
+//! Operations do not return errors: shapes are the caller's promise (asserted), and a device that can fail in the
+//! middle remembers the failure for [`Device::status`].
+//!
+//! One file per operation, with its forward and its backward side by side.
+
+mod adamw;
+mod attention;
+mod cpu;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
+mod math;
+mod matmul;
+mod rms_norm;
+mod rope;
+mod swiglu;
+
+pub use adamw::AdamW;
+pub use attention::AttentionShape;
+pub use cpu::Cpu;
+pub use cross_entropy::IGNORE;
+pub use matmul::{Mat, MatMut};
+pub use rope::RopeShape;
+
+use crate::error::Result;
+
+/// Where buffers live and operations run.
+pub trait Device: Send + Sync {
+    /// f32 elements on the device.
+    type Buffer: Send + Sync;
+    /// u32 elements on the device: token ids.
+    type Tokens: Send + Sync;
+
+    /// A new buffer of zeros.
+    fn zeros(&self, len: usize) -> Self::Buffer;
+    /// A new buffer with these values.
+    fn upload(&self, values: &[f32]) -> Self::Buffer;
+    /// Replaces the whole buffer.
+    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
+    /// The whole buffer.
+    fn read(&self, buffer: &Self::Buffer) -> Vec<f32>;
+    /// Elements of a buffer.
+    fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// New token ids.
+    fn upload_tokens(&self, tokens: &[u32]) -> Self::Tokens;
+    /// Waits for everything that was asked for; whether all of it succeeded.
+    fn status(&self) -> Result<()>;
+
+    /// `x = value`.
+    fn fill(&self, x: &mut Self::Buffer, value: f32);
+    /// `x *= factor`.
+    fn scale(&self, x: &mut Self::Buffer, factor: f32);
+    /// `y += alpha · x`.
+    fn axpy(&self, alpha: f32, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// `y = x`.
+    fn copy(&self, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// `sum x²`, in f64.
+    fn sum_of_squares(&self, x: &Self::Buffer) -> f64;
+
+    /// `c = alpha · a · b + beta · c`; with `beta` 0, `c` is not read.
+    fn matmul(
+        &self,
+        alpha: f32,
+        a: Mat<'_, Self::Buffer>,
+        b: Mat<'_, Self::Buffer>,
+        beta: f32,
+        c: MatMut<'_, Self::Buffer>,
+    );
+
+    /// `y[n] = table[tokens[n]]`: tokens (N), table (V, C), y (N, C).
+    fn embedding_forward(&self, tokens: &Self::Tokens, table: &Self::Buffer, y: &mut Self::Buffer);
+    /// `dtable[tokens[n]] += dy[n]`, in the order of n.
+    fn embedding_backward(&self, tokens: &Self::Tokens, dy: &Self::Buffer, dtable: &mut Self::Buffer);
+
+    /// RMSNorm over the last axis (arXiv:1910.07467): `y = weight · x · rstd`, `rstd = (mean x² + eps)^-1/2`.
+    /// x, y (N, C); weight (C); rstd (N), kept for backward.
+    fn rms_norm_forward(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Buffer,
+        eps: f32,
+        y: &mut Self::Buffer,
+        rstd: &mut Self::Buffer,
+    );
+    /// Adds to `dx` (N, C), the gradient of the residual stream, and to `dweight` (C), if given.
+    fn rms_norm_backward(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Buffer,
+        rstd: &Self::Buffer,
+        dy: &Self::Buffer,
+        dx: &mut Self::Buffer,
+        dweight: Option<&mut Self::Buffer>,
+    );
+
+    /// Rotary embedding (arXiv:2104.09864), halves paired as in Hugging Face: elements i and i + D/2 of each head turn
+    /// by the angle of their position. In place on x (B, T, heads, D); cos, sin (at least T, D/2).
+    fn rope_forward(&self, shape: RopeShape, cos: &Self::Buffer, sin: &Self::Buffer, x: &mut Self::Buffer);
+    /// The opposite turn, in place on dx.
+    fn rope_backward(&self, shape: RopeShape, cos: &Self::Buffer, sin: &Self::Buffer, dx: &mut Self::Buffer);
+
+    /// Causal attention, `softmax(q kᵀ / √D) v` per head; query head h reads key/value head `h / (H/K)`.
+    /// q, o (B, T, H, D); k, v (B, T, K, D); lse (B, H, T): log of the sum of exponentials, kept for backward.
+    fn attention_forward(
+        &self,
+        shape: AttentionShape,
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+    );
+    /// `qkv` are the forward's inputs, `o` and `lse` its outputs, `d_qkv` the gradients to write.
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        qkv: [&Self::Buffer; 3],
+        o: &Self::Buffer,
+        lse: &Self::Buffer,
+        d_o: &Self::Buffer,
+        d_qkv: [&mut Self::Buffer; 3],
+    );
+
+    /// `y = silu(gate) · up`, `silu(x) = x / (1 + e^-x)`; all of one length.
+    fn swiglu_forward(&self, gate: &Self::Buffer, up: &Self::Buffer, y: &mut Self::Buffer);
+    /// Replaces `gate` and `up` by their gradients.
+    fn swiglu_backward(&self, dy: &Self::Buffer, gate: &mut Self::Buffer, up: &mut Self::Buffer);
+
+    /// Cross-entropy of some rows of logits (rows, V) against `targets[first .. first + rows]`:
+    /// `losses[first + i] = log sum exp(logits[i]) - logits[i][target]`, 0 where the target is [`IGNORE`].
+    /// With a `scale`, `logits` become `scale · (softmax - one_hot)`, 0 where ignored; without, they stay as they are.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy(
+        &self,
+        vocab: usize,
+        first: usize,
+        rows: usize,
+        targets: &Self::Tokens,
+        logits: &mut Self::Buffer,
+        losses: &mut Self::Buffer,
+        scale: Option<f32>,
+    );
+    /// `sum x`, in f64, in the order of the elements.
+    fn sum(&self, x: &Self::Buffer) -> f64;
+
+    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g` and moments `m`, `v`.
+    fn adamw(&self, step: &AdamW, p: &mut Self::Buffer, g: &Self::Buffer, m: &mut Self::Buffer, v: &mut Self::Buffer);
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Shared by the tests of the operations: pseudo-random inputs, f64 finite differences, comparison.
+
+    /// Values in (-1, 1), the same for the same `seed`.
+    pub fn noise(seed: u64, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let step = |_| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
+        };
+        (0..len).map(step).collect()
+    }
+
+    pub fn wide(x: &[f32]) -> Vec<f64> {
+        x.iter().map(|&x| f64::from(x)).collect()
+    }
+
+    /// Largest difference over the largest reference value.
+    pub fn relative_error(actual: &[f32], expected: &[f64]) -> f64 {
+        assert_eq!(actual.len(), expected.len());
+        assert!(actual.iter().all(|x| x.is_finite()), "not finite");
+        let top = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let worst = actual.iter().zip(expected).fold(0.0, |m: f64, (a, e)| m.max((f64::from(*a) - e).abs()));
+        if top == 0.0 { worst } else { worst / top }
+    }
+
+    pub fn assert_close(what: &str, actual: &[f32], expected: &[f64], tolerance: f64) {
+        let error = relative_error(actual, expected);
+        assert!(error <= tolerance, "{what}: relative error {error:e} exceeds {tolerance:e}");
+    }
+
+    /// Central differences of a scalar function of `x`, in f64 (error about 1e-9 for values near 1).
+    pub fn gradient(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+        let h = 1e-5;
+        let mut x = x.to_vec();
+        (0..x.len())
+            .map(|i| {
+                let old = x[i];
+                x[i] = old + h;
+                let up = f(&x);
+                x[i] = old - h;
+                let down = f(&x);
+                x[i] = old;
+                (up - down) / (2.0 * h)
+            })
+            .collect()
+    }
+
+    pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+        a.iter().zip(b).map(|(x, y)| x * y).sum()
+    }
+}
