@@ -94,3 +94,180 @@ impl<D: Device> Model<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{checkpoint::Dtype, ops::Cpu};
+    use serde_json::json;
+    use std::{fs, path::Path};
+    use tempfile::TempDir;
+
+    fn tiny(tied: bool) -> LlamaConfig {
+        LlamaConfig::from_value(&json!({"model_type": "llama", "hidden_size": 24, "intermediate_size": 40,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 37,
+            "tie_word_embeddings": tied, "initializer_range": 0.3}))
+        .unwrap()
+    }
+
+    const TOKENS: [u32; 15] = [1, 5, 36, 0, 7, 7, 7, 2, 9, 11, 30, 4, 4, 1, 0];
+
+    fn spec(r: usize) -> LoraSpec {
+        LoraSpec { r, lora_alpha: 6.0, scaling: 6.0 / r as f64, dropout: 0.0 }
+    }
+
+    /// Writes a Hugging Face folder; `change` may drop or alter what is stored.
+    fn folder(model: &Model<Cpu>, change: impl Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool) -> TempDir {
+        let folder = TempDir::new().unwrap();
+        let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        for param in model.params() {
+            let (mut shape, mut values) = (param.shape.clone(), param.value.clone());
+            if change(&param.name, &mut shape, &mut values) {
+                tensors.push((param.name.clone(), shape, bytemuck::cast_slice(&values).to_vec()));
+            }
+        }
+        let views = tensors.iter().map(|(name, shape, bytes)| {
+            (name, safetensors::tensor::TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+        });
+        safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+        fs::write(folder.path().join("config.json"), model.config().to_json().to_string()).unwrap();
+        folder
+    }
+
+    fn load(folder: &Path) -> Result<Model<Cpu>> {
+        Model::load(Cpu, &Checkpoint::open(folder)?)
+    }
+
+    #[test]
+    fn a_saved_model_loads_as_the_same_model() {
+        for tied in [false, true] {
+            let mut model = Model::init(Cpu, tiny(tied), 3).unwrap();
+            let folder = folder(&model, |_, _, _| true);
+            let mut back = load(folder.path()).unwrap();
+            assert_eq!(back.config(), model.config());
+            assert_eq!(back.loss(&TOKENS, 3, 5).unwrap(), model.loss(&TOKENS, 3, 5).unwrap());
+        }
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_are_refused_by_name() {
+        let model = Model::init(Cpu, tiny(false), 3).unwrap();
+        let up = "model.layers.1.mlp.up_proj.weight";
+        let refused = |change: &dyn Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool| {
+            let folder = folder(&model, change);
+            load(folder.path()).err().expect("must be refused").message
+        };
+        let missing = refused(&|name, _, _| name != up);
+        assert!(missing.contains("lacks 1 of the 21") && missing.contains(up), "{missing}");
+        let shape = refused(&|name, shape, _| {
+            if name == up {
+                shape.reverse();
+            }
+            true
+        });
+        assert!(shape.contains(up) && shape.contains("[24, 40]") && shape.contains("[40, 24]"), "{shape}");
+        let nan = refused(&|name, _, values| {
+            if name == up {
+                values[17] = f32::NAN;
+            }
+            true
+        });
+        assert!(nan.contains(up) && nan.contains("NaN at element 17"), "{nan}");
+
+        let folder = folder(&model, |_, _, _| true);
+        let mut fewer_layers = model.config().to_json();
+        fewer_layers["num_hidden_layers"] = json!(1);
+        fs::write(folder.path().join("config.json"), fewer_layers.to_string()).unwrap();
+        let surplus = load(folder.path()).err().expect("must be refused").message;
+        assert!(surplus.contains("9 tensors that are not part") && surplus.contains("layers.1"), "{surplus}");
+    }
+
+    #[test]
+    fn tokens_that_do_not_fit_are_refused() {
+        let mut model = Model::init(Cpu, tiny(false), 3).unwrap();
+        let message = model.loss(&[1, 2, 37], 1, 3).unwrap_err().message;
+        assert!(message.contains("token 37 at position 2") && message.contains("vocabulary of 37"), "{message}");
+        assert!(model.loss(&TOKENS, 2, 5).is_err());
+        assert!(model.loss(&TOKENS, 15, 1).is_err());
+        assert!(model.logits(&[], 0, 0).is_err());
+    }
+
+    #[test]
+    fn frozen_weights_get_no_gradient_and_change_no_other() {
+        let mut model = Model::init(Cpu, tiny(true), 3).unwrap();
+        model.forward_backward(&TOKENS, 3, 5, 1.0).unwrap();
+        let all: Vec<Vec<f32>> = model.params().iter().map(|p| p.grad.clone().unwrap()).collect();
+        model.set_trainable(|kind| *kind == ParamKind::Norm);
+        model.zero_grad();
+        model.forward_backward(&TOKENS, 3, 5, 1.0).unwrap();
+        for (param, all) in model.params().iter().zip(&all) {
+            assert_eq!(param.trainable, param.kind == ParamKind::Norm);
+            assert_eq!(param.grad.as_ref(), param.trainable.then_some(all), "{}", param.name);
+        }
+    }
+
+    #[test]
+    fn gradients_accumulate_with_their_scale() {
+        let mut model = Model::init(Cpu, tiny(true), 3).unwrap();
+        model.add_lora(spec(3));
+        model.forward_backward(&TOKENS, 3, 5, 1.0).unwrap();
+        let once: Vec<_> = model.params().iter().filter_map(|p| p.grad.clone()).collect();
+        model.zero_grad();
+        for _ in 0..2 {
+            model.forward_backward(&TOKENS, 3, 5, 0.5).unwrap();
+        }
+        for (param, once) in model.params().iter().filter(|p| p.trainable).zip(&once) {
+            let twice: Vec<f64> = param.grad.as_ref().unwrap().iter().map(|&x| x.into()).collect();
+            crate::ops::testing::assert_close(&param.name, once, &twice, 1e-6);
+        }
+    }
+
+    #[test]
+    fn lora_starts_as_nothing_merges_as_itself_and_goes() {
+        let mut model = Model::init(Cpu, tiny(false), 3).unwrap();
+        let plain = model.loss(&TOKENS, 3, 5).unwrap().0;
+        model.add_lora(spec(3));
+        assert_eq!(model.loss(&TOKENS, 3, 5).unwrap().0, plain);
+        let a = "model.layers.1.mlp.down_proj.lora_A.weight";
+        assert_eq!(model.param(a).unwrap().shape, [3, 40]);
+        assert!(!model.param("model.layers.1.mlp.down_proj.weight").unwrap().trainable);
+
+        for b in model.params_mut().iter_mut().filter(|p| p.kind == ParamKind::LoraB) {
+            b.value = crate::ops::testing::noise(7, b.elements());
+        }
+        let adapted = model.loss(&TOKENS, 3, 5).unwrap().0;
+        assert!((adapted - plain).abs() > 1e-2);
+        model.merge_lora();
+        let before = model.param(a).unwrap().value.clone();
+        model.reset_lora(9);
+        assert_ne!(model.param(a).unwrap().value, before);
+        let merged = model.loss(&TOKENS, 3, 5).unwrap().0;
+        assert!((merged / adapted - 1.0).abs() < 1e-5, "{adapted} {merged}");
+        model.remove_lora();
+        assert_eq!((model.loss(&TOKENS, 3, 5).unwrap().0, model.params().len()), (merged, 21));
+    }
+
+    #[test]
+    fn the_seed_decides_the_weights() {
+        let first = |seed| Model::init(Cpu, tiny(false), seed).unwrap().params()[1].value.clone();
+        assert_eq!(first(1), first(1));
+        assert_ne!(first(1), first(2));
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() {
+        let mut config = tiny(true);
+        (config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size) = (128, 32, 340, 1000);
+        let tokens: Vec<u32> = (0..4 * 80).map(|i| i * 7919 % 1000).collect();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut model = Model::init(Cpu, config.clone(), 3).unwrap();
+                let loss = model.forward_backward(&tokens, 4, 80, 1.0).unwrap();
+                (loss, model.params().iter().map(|p| p.grad.clone().unwrap()).collect::<Vec<_>>())
+            })
+        };
+        let one = run(1);
+        assert!(run(2) == one && run(5) == one);
+    }
+}
