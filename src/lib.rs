@@ -17,5 +17,8 @@ pub mod spectrum;
 pub mod model;
 pub mod ops;
 
+pub mod tokenize;
+pub mod train;
+
 pub mod cli;
 pub mod report;

@@ -83,6 +83,11 @@ impl StagedFile {
         &self.file
     }
 
+    /// Where it is until the commit.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
     /// The final name.
     pub fn target(&self) -> &Path {
         &self.target

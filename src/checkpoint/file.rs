@@ -66,6 +66,13 @@ impl TensorFile {
         self.header.tensors.iter().map(|info| Tensor { file: self, info })
     }
 
+    /// The tensor called `name`, searched for from the first; use [`super::Checkpoint`] for many.
+    pub fn tensor_named(&self, name: &str) -> Result<Tensor<'_>> {
+        self.tensors()
+            .find(|t| t.name() == name)
+            .ok_or_else(|| Error::request(format!("'{}' has no tensor '{name}'", self.path.display())))
+    }
+
     /// The `index`-th tensor in the order of the bytes.
     pub fn tensor(&self, index: usize) -> Tensor<'_> {
         Tensor { file: self, info: &self.header.tensors[index] }

@@ -1,7 +1,10 @@
 //! Arguments -> options -> library -> report. No work is done here.
 
 mod completions;
+mod eval;
 mod spectrum;
+mod tokenize;
+mod train;
 
 use crate::{error::Error, interrupt, progress::Progress, report::Format};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -69,7 +72,18 @@ pub struct Output {
 #[derive(Subcommand)]
 enum Command {
     Spectrum(spectrum::Args),
+    Train(train::Args),
+    Tokenize(tokenize::Args),
+    Eval(eval::Args),
     Completions(completions::Args),
+}
+
+/// `cpu`. Other devices are refused with a sentence until a backend for them exists.
+fn parse_device(text: &str) -> std::result::Result<String, String> {
+    match text {
+        "cpu" => Ok(text.to_owned()),
+        _ => Err(format!("device '{text}' is not supported, expected cpu")),
+    }
 }
 
 /// What a command that ran to its end has to say.
@@ -112,6 +126,9 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     let _ = (&progress, global.color == When::Never);
     match cli.command {
         Command::Spectrum(args) => args.run(&progress),
+        Command::Train(args) => args.run(&progress),
+        Command::Tokenize(args) => args.run(&progress),
+        Command::Eval(args) => args.run(&progress),
         Command::Completions(args) => args.run(&mut Cli::command()),
     }
 }

@@ -77,6 +77,11 @@ impl<D: Device> Model<D> {
         &self.params
     }
 
+    /// The device and all parameters, to change values with operations of the device.
+    pub fn device_and_params_mut(&mut self) -> (&D, &mut [Param<D>]) {
+        (&self.device, &mut self.params)
+    }
+
     /// As [`Model::params`], to change values and gradients in place.
     pub fn params_mut(&mut self) -> &mut [Param<D>] {
         &mut self.params

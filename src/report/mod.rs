@@ -2,6 +2,7 @@
 
 pub mod spectrum;
 pub mod table;
+mod train;
 pub mod units;
 
 use crate::{

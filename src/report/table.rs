@@ -29,7 +29,9 @@ impl Table {
     pub fn to_text(&self) -> String {
         let mut table = comfy_table::Table::new();
         table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header(&self.header);
+        if self.header.iter().any(|name| !name.is_empty()) {
+            table.set_header(&self.header);
+        }
         table.add_rows(&self.rows);
         for i in 0..self.header.len() {
             if self.is_numeric(i)

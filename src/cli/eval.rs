@@ -1,0 +1,74 @@
+//! `relora-kit eval`
+
+use super::{Outcome, Output, parse_device};
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    model::Model,
+    ops::Cpu,
+    progress::Progress,
+    report,
+    train::{
+        evaluate::evaluate,
+        tokens::{TokenShard, Windows},
+    },
+};
+use std::path::PathBuf;
+
+/// Mean loss and perplexity of a checkpoint on a token shard
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  relora-kit eval --model run/checkpoints/step-1000 --data validation.safetensors
+  relora-kit eval --model merged --data validation.safetensors --max-length 512 --format json")]
+pub struct Args {
+    /// The checkpoint
+    #[arg(long, value_name = "CKPT")]
+    model: PathBuf,
+    /// The token shard
+    #[arg(long, value_name = "SHARD")]
+    data: PathBuf,
+    /// Tokens per window (default: the model's max_position_embeddings)
+    #[arg(long, value_name = "TOKENS")]
+    max_length: Option<usize>,
+    /// Windows per forward pass
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch_size: u16,
+    /// Predictions to evaluate at most (default: all)
+    #[arg(long, value_name = "N")]
+    max_predictions: Option<u64>,
+    /// What to compute on
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: String,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Args {
+    pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        let shard = TokenShard::open(&self.data)?;
+        let mut model = Model::load(Cpu, &Checkpoint::open(&self.model)?)?;
+        let longest = model.config().max_position_embeddings;
+        let max_length = self.max_length.unwrap_or(longest);
+        if max_length < 2 || max_length > longest {
+            return Err(Error::request(format!(
+                "--max-length is {max_length}, expected 2 to max_position_embeddings {longest}"
+            )));
+        }
+        if shard.vocab_size() > model.config().vocab_size {
+            return Err(Error::request(format!(
+                "'{}' has a vocabulary of {} ids, the model one of {}",
+                self.data.display(),
+                shard.vocab_size(),
+                model.config().vocab_size
+            ))
+            .help("tokenize with the model's tokenizer"));
+        }
+        let (windows, _) = Windows::split(&shard, max_length, None, 0.0)?;
+        let bar = progress.count("evaluating", windows.count());
+        let limit = self.max_predictions.unwrap_or(u64::MAX);
+        let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &bar)?;
+        bar.finish_and_clear();
+        report::emit(&result, self.output.format, self.output.output.as_deref(), self.output.force)?;
+        Ok(Outcome::Yes)
+    }
+}

@@ -1,0 +1,15 @@
+//! ReLoRA training (arXiv 2307.05695) on the operations of [`crate::ops`].
+//!
+//! `config` -> `phase`s with their `schedule` -> `trainer` (the algorithm) inside a `session` (the run directory).
+
+pub mod config;
+pub mod evaluate;
+pub mod metrics;
+pub mod optim;
+pub mod phase;
+pub mod prune;
+pub mod schedule;
+pub mod session;
+pub mod state;
+pub mod tokens;
+pub mod trainer;

@@ -1,0 +1,96 @@
+//! AdamW's state: which tensors have moments, how old they are, and what a restart does to them.
+
+use super::{
+    config::{ReloraConfig, TrainConfig},
+    prune::prune_moments,
+    tokens::mix,
+};
+use crate::{
+    model::{Model, ParamKind},
+    ops::{AdamW, Device},
+};
+use std::collections::BTreeMap;
+
+/// The moments of one tensor.
+pub struct Moments<D: Device> {
+    /// Running mean of the gradient (`exp_avg`).
+    pub m: D::Buffer,
+    /// Running mean of its square (`exp_avg_sq`).
+    pub v: D::Buffer,
+    /// Updates since the bias correction began.
+    pub t: u64,
+}
+
+/// Decoupled weight decay Adam (arXiv:1711.05101), one parameter group over everything trained.
+pub struct Optimizer<D: Device> {
+    /// By parameter name.
+    pub moments: BTreeMap<String, Moments<D>>,
+}
+
+impl<D: Device> Optimizer<D> {
+    /// No moments yet: a tensor gets them at its first update.
+    pub fn new() -> Self {
+        Optimizer { moments: BTreeMap::new() }
+    }
+
+    /// Global norm of the gradient of everything trained.
+    pub fn grad_norm(model: &Model<D>) -> f64 {
+        let device = model.device();
+        model.params().iter().filter_map(|p| p.grad.as_ref()).map(|g| device.sum_of_squares(g)).sum::<f64>().sqrt()
+    }
+
+    /// One update of everything trained, with the gradient scaled by `grad_scale` (clipping).
+    pub fn update(&mut self, model: &mut Model<D>, lr: f64, grad_scale: f64, config: &TrainConfig) {
+        let (device, params) = model.device_and_params_mut();
+        for param in params.iter_mut() {
+            let Some(grad) = &param.grad else { continue };
+            let len = param.shape.iter().product();
+            let moments = self.moments.entry(param.name.clone()).or_insert_with(|| Moments {
+                m: device.zeros(len),
+                v: device.zeros(len),
+                t: 0,
+            });
+            moments.t += 1;
+            let hyper = AdamW {
+                lr,
+                beta1: config.adam_beta1,
+                beta2: config.adam_beta2,
+                eps: config.adam_eps,
+                weight_decay: config.weight_decay,
+                step: moments.t,
+                grad_scale,
+            };
+            device.adamw(&hyper, &mut param.value, grad, &mut moments.m, &mut moments.v);
+        }
+    }
+
+    /// Forgets tensors that are no longer trained.
+    pub fn retain_trained(&mut self, model: &Model<D>) {
+        let trained: Vec<&str> = model.params().iter().filter(|p| p.grad.is_some()).map(|p| p.name.as_str()).collect();
+        self.moments.retain(|name, _| trained.contains(&name.as_str()));
+    }
+
+    /// Treats the moments of A and B at a restart, as `config` says. `seed` differs at every restart.
+    pub fn prune_lora(&mut self, model: &Model<D>, config: &ReloraConfig, seed: u64) {
+        let device = model.device();
+        for (i, param) in model.params().iter().enumerate() {
+            if !matches!(param.kind, ParamKind::LoraA | ParamKind::LoraB) {
+                continue;
+            }
+            let Some(moments) = self.moments.get_mut(&param.name) else { continue };
+            let (mut m, mut v) = (device.read(&moments.m), device.read(&moments.v));
+            prune_moments(config, &mut m, &mut v, mix(seed ^ mix(i as u64)));
+            device.write(&mut moments.m, &m);
+            device.write(&mut moments.v, &v);
+            if config.reset_adam_step {
+                moments.t = 0;
+            }
+        }
+    }
+}
+
+impl<D: Device> Default for Optimizer<D> {
+    fn default() -> Self {
+        Self::new()
+    }
+}

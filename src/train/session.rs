@@ -1,0 +1,446 @@
+//! A run on disk: create or resume the folder, train, save, evaluate, restart, finish.
+
+use super::{
+    config::{Config, Mode},
+    evaluate::{Evaluation, evaluate},
+    metrics::{EvalRow, Metrics, UpdateRow},
+    state,
+    tokens::{TokenShard, Windows},
+    trainer::{Trainer, Update},
+};
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    interrupt,
+    model::{LlamaConfig, Model},
+    ops::Device,
+    progress::Progress,
+    run::{BaseRecord, CheckpointRecord, CycleRecord, Hashed, Manifest, RunDir, sha256_file, sha256_folder},
+    staged::{self, StagedDir},
+};
+use serde::Serialize;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+/// What a finished run has to say.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    /// The run directory.
+    pub run: PathBuf,
+    /// `full`, `lora` or `relora`.
+    pub mode: Mode,
+    /// Updates made.
+    pub steps: u64,
+    /// Cycles merged.
+    pub cycles: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Mean training loss of the last tenth of the updates of this process.
+    pub loss: f64,
+    /// On the held-out windows, if there are any.
+    pub evaluation: Option<Evaluation>,
+    /// Seconds of this process.
+    pub seconds: f64,
+    /// Training tokens per second of this process, evaluations and saving left out.
+    pub tokens_per_s: f64,
+    /// Updates skipped because loss or gradient were not finite.
+    pub skipped: u64,
+    /// The final checkpoint.
+    pub checkpoint: PathBuf,
+}
+
+/// A run in progress.
+pub struct Session<D: Device> {
+    dir: RunDir,
+    manifest: Manifest,
+    trainer: Trainer<D>,
+    validation: Option<(TokenShard, Windows)>,
+    metrics: Metrics,
+    progress: Progress,
+    started: Instant,
+    train_seconds: f64,
+    losses: Vec<f64>,
+}
+
+impl<D: Device> Session<D> {
+    /// Starts a run in `dir`, which must not exist. Everything is checked before the folder is created.
+    pub fn create(device: D, config: Config, dir: &Path, progress: &Progress) -> Result<Session<D>> {
+        if dir.symlink_metadata().is_ok() {
+            return Err(Error::request(format!("run directory '{}' exists already", dir.display()))
+                .help(format!("choose another, or go on with: relora-kit train --resume {}", dir.display())));
+        }
+        let shard = TokenShard::open(&config.data.train)?;
+        let model = initial_model(device, &config)?;
+        let trainer = Trainer::new(config.clone(), model, shard)?;
+        let validation = open_validation(&trainer)?;
+        let manifest = Manifest {
+            schema: 1,
+            tool: format!("relora-kit {}", env!("CARGO_PKG_VERSION")),
+            mode: serde_name(&config.train.mode),
+            seed: config.train.seed,
+            data: hash_data(&config)?,
+            base: None,
+            cycles: Vec::new(),
+            checkpoint: None,
+            finished: false,
+        };
+        let dir = RunDir(dir.to_owned());
+        let staged = StagedDir::create(&dir.0, false)?;
+        let config_path = staged.path().join("config.toml");
+        fs::write(&config_path, config.to_toml()?).map_err(|e| Error::io("write", &config_path, e))?;
+        write_manifest(&staged.path().join("manifest.json"), &manifest)?;
+        staged.commit()?;
+        let metrics = Metrics::open(&dir.metrics_path(), 0)?;
+        Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
+    }
+
+    /// Goes on with the run in `dir`, from its newest checkpoint.
+    pub fn resume(device: D, dir: &Path, progress: &Progress) -> Result<Session<D>> {
+        let dir = RunDir(dir.to_owned());
+        let mut manifest = dir.manifest()?;
+        if manifest.finished {
+            return Err(Error::request(format!("run '{}' is finished", dir.0.display()))
+                .help("start a new run from its last checkpoint with [model] checkpoint"));
+        }
+        let config = Config::read(&dir.config_path(), &[])?;
+        if let Some((name, _)) = hash_data(&config)?.iter().find(|(name, hash)| manifest.data.get(*name) != Some(hash))
+        {
+            return Err(Error::request(format!(
+                "the {name} data differ from those that run '{}' began with",
+                dir.0.display()
+            ))
+            .help("restore the token shard; a run cannot change its data"));
+        }
+        let shard = TokenShard::open(&config.data.train)?;
+        let trainer = match &manifest.checkpoint {
+            None => Trainer::new(config.clone(), initial_model(device, &config)?, shard)?,
+            Some(record) => {
+                let folder = dir.0.join(&record.folder);
+                let model = Model::load(device, &Checkpoint::open(&folder)?)?;
+                let mut trainer = Trainer::new(config.clone(), model, shard)?;
+                state::restore(&mut trainer, &folder)?;
+                trainer
+            }
+        };
+        // Cycles after the checkpoint are trained again, with the same result.
+        manifest.cycles.retain(|c| c.last_step <= trainer.step);
+        if manifest.base.as_ref().is_some_and(|b| b.step >= trainer.step) && trainer.cycle == 0 {
+            manifest.base = None;
+        }
+        progress.info(&format!("resuming '{}' after update {}", dir.0.display(), trainer.step));
+        let validation = open_validation(&trainer)?;
+        let metrics = Metrics::open(&dir.metrics_path(), trainer.step)?;
+        Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
+    }
+
+    fn new(
+        dir: RunDir,
+        manifest: Manifest,
+        trainer: Trainer<D>,
+        validation: Option<(TokenShard, Windows)>,
+        metrics: Metrics,
+        progress: &Progress,
+    ) -> Session<D> {
+        Session {
+            dir,
+            manifest,
+            trainer,
+            validation,
+            metrics,
+            progress: progress.clone(),
+            started: Instant::now(),
+            train_seconds: 0.0,
+            losses: Vec::new(),
+        }
+    }
+
+    /// Trains to the end. On Ctrl-C it saves a checkpoint first.
+    pub fn run(mut self) -> Result<Summary> {
+        let total = self.trainer.config().train.num_training_steps;
+        let bar = self.progress.bar("", total, "{pos}/{len} {wide_bar} {msg} {eta} left");
+        bar.set_position(self.trainer.step);
+        let log_every = (total / 10).max(1);
+        let first = self.trainer.step;
+        while !self.trainer.is_finished() {
+            if self.trainer.cycles_start_here() {
+                self.start_cycles()?;
+            }
+            let (row, update) = self.update()?;
+            bar.inc(1);
+            bar.set_message(format!(
+                "loss {:.4} lr {:.2e} {:.0} tokens/s cycle {}",
+                row.loss, row.lr, row.tokens_per_s, row.cycle
+            ));
+            self.losses.push(update.loss);
+            if !update.applied {
+                self.progress
+                    .warn(&format!("step {}: loss or gradient is not finite; the update was skipped", row.step));
+            }
+            if !self.progress.is_visible() && (row.step % log_every == 0 || row.step == first + 1) {
+                self.progress.info(&format!("step {}/{total} {}", row.step, bar.message()));
+            }
+            if self.trainer.restart_is_due() {
+                self.save_cycle()?;
+                self.trainer.restart();
+            }
+            self.after_update()?;
+        }
+        bar.finish_and_clear();
+        self.finish()
+    }
+
+    fn update(&mut self) -> Result<(UpdateRow, Update)> {
+        let began = Instant::now();
+        let cycle = self.trainer.cycle;
+        let update = self.trainer.update()?;
+        let seconds = began.elapsed().as_secs_f64();
+        self.train_seconds += seconds;
+        let per_update = self.trainer.config().tokens_per_update();
+        let row = UpdateRow {
+            step: self.trainer.step,
+            loss: update.loss,
+            lr: update.lr,
+            grad_norm: update.grad_norm,
+            tokens: self.trainer.step * per_update,
+            tokens_per_s: per_update as f64 / seconds,
+            cycle,
+            restarts: cycle.saturating_sub(1),
+            skipped: !update.applied,
+        };
+        self.metrics.write(&row)?;
+        Ok((row, update))
+    }
+
+    /// Evaluation, checkpoint, interruption, as they are due after an update that is not the last.
+    fn after_update(&mut self) -> Result<()> {
+        let t = &self.trainer.config().train;
+        let (step, eval_every, eval_tokens) = (self.trainer.step, t.eval_every, t.eval_tokens);
+        let save = step.is_multiple_of(t.save_every);
+        if self.trainer.is_finished() {
+            return Ok(());
+        }
+        if eval_every > 0 && step.is_multiple_of(eval_every) {
+            self.evaluate(eval_tokens)?;
+        }
+        if save || interrupt::requested() {
+            self.save_checkpoint()?;
+        }
+        if interrupt::requested() {
+            return Err(Error::world(format!("interrupted after update {step}; a checkpoint was saved"))
+                .help(format!("go on with: relora-kit train --resume {}", self.dir.0.display())));
+        }
+        Ok(())
+    }
+
+    fn start_cycles(&mut self) -> Result<()> {
+        let staged = StagedDir::create(&self.dir.base_path(), true)?;
+        state::save_model(&self.trainer.model, staged.path())?;
+        staged.commit()?;
+        let files = sha256_folder(&self.dir.base_path())?;
+        self.manifest.base = Some(BaseRecord { step: self.trainer.step, files });
+        self.write_manifest()?;
+        self.trainer.start_cycles()
+    }
+
+    /// Saves A and B of the cycle that ends now.
+    fn save_cycle(&mut self) -> Result<()> {
+        let cycle = self.trainer.cycle;
+        let folder = RunDir::cycle_folder(cycle);
+        let path = self.dir.0.join(&folder);
+        let staged = StagedDir::create(&path, true)?;
+        // The adapter's base is the run's base with the cycles before it merged.
+        state::save_cycle(&self.trainer.model, Path::new("../../base"), staged.path())?;
+        staged.commit()?;
+        let spec = self.trainer.lora_spec()?;
+        self.manifest.cycles.push(CycleRecord {
+            cycle,
+            folder,
+            first_step: self.trainer.cycle_start,
+            last_step: self.trainer.step,
+            r: spec.r,
+            scaling: spec.scaling,
+            files: sha256_folder(&path)?,
+        });
+        self.write_manifest()
+    }
+
+    fn save_checkpoint(&mut self) -> Result<()> {
+        let step = self.trainer.step;
+        let folder = RunDir::checkpoint_folder(step);
+        let path = self.dir.0.join(&folder);
+        let staged = StagedDir::create(&path, true)?;
+        state::save_checkpoint(&self.trainer, staged.path())?;
+        staged.commit()?;
+        self.manifest.checkpoint = Some(CheckpointRecord { step, folder, files: sha256_folder(&path)? });
+        self.manifest.finished = self.trainer.is_finished();
+        self.write_manifest()?;
+        self.progress.detail(&format!("saved '{}'", path.display()));
+        self.drop_old_checkpoints()
+    }
+
+    /// Removes all but the newest `keep_checkpoints`, after the newest is safe.
+    fn drop_old_checkpoints(&self) -> Result<()> {
+        let keep = self.trainer.config().train.keep_checkpoints;
+        if keep == 0 {
+            return Ok(());
+        }
+        let folder = self.dir.0.join("checkpoints");
+        let mut steps: Vec<u64> = fs::read_dir(&folder)
+            .map_err(|e| Error::io("read", &folder, e))?
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
+            .filter(|&step| step <= self.trainer.step)
+            .collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        for step in steps.into_iter().skip(keep) {
+            let old = self.dir.0.join(RunDir::checkpoint_folder(step));
+            fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, max_predictions: u64) -> Result<Option<Evaluation>> {
+        let Some((shard, windows)) = &self.validation else { return Ok(None) };
+        let bar = self.progress.count("evaluating", windows.count());
+        let batch_size = self.trainer.config().train.batch_size;
+        let result = evaluate(&mut self.trainer.model, shard, windows, batch_size, max_predictions, &bar);
+        bar.finish_and_clear();
+        let e = match result {
+            // The checkpoint that an interruption wants is saved by the caller.
+            Err(_) if interrupt::requested() => return Ok(None),
+            result => result?,
+        };
+        let step = self.trainer.step;
+        self.metrics.write(&EvalRow {
+            step,
+            eval_loss: e.loss,
+            perplexity: e.perplexity,
+            eval_tokens: e.predictions,
+        })?;
+        self.progress.info(&format!("step {step} eval loss {:.4} perplexity {:.2}", e.loss, e.perplexity));
+        Ok(Some(e))
+    }
+
+    /// Merges the last cycle, evaluates, writes the final checkpoint.
+    fn finish(mut self) -> Result<Summary> {
+        let cycles = self.trainer.cycle;
+        if cycles > 0 {
+            self.save_cycle()?;
+            self.trainer.finish_cycles();
+        }
+        let evaluation = self.evaluate(u64::MAX)?;
+        self.save_checkpoint()?;
+        let tail = self.losses.len().div_ceil(10);
+        let tail = &self.losses[self.losses.len() - tail..];
+        let updates = self.losses.len() as u64;
+        Ok(Summary {
+            mode: self.trainer.config().train.mode,
+            steps: self.trainer.step,
+            cycles,
+            tokens: self.trainer.step * self.trainer.config().tokens_per_update(),
+            loss: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
+            evaluation,
+            seconds: self.started.elapsed().as_secs_f64(),
+            tokens_per_s: (updates * self.trainer.config().tokens_per_update()) as f64 / self.train_seconds,
+            skipped: self.trainer.skipped,
+            checkpoint: self.dir.0.join(RunDir::checkpoint_folder(self.trainer.step)),
+            run: self.dir.0,
+        })
+    }
+
+    fn write_manifest(&self) -> Result<()> {
+        write_manifest(&self.dir.manifest_path(), &self.manifest)
+    }
+}
+
+/// The model that update 1 starts from.
+fn initial_model<D: Device>(device: D, config: &Config) -> Result<Model<D>> {
+    let m = &config.model;
+    if let Some(path) = &m.checkpoint {
+        return Model::load(device, &Checkpoint::open(path)?);
+    }
+    let json = match (&m.preset, &m.config) {
+        (Some(name), _) => LlamaConfig::preset(name)
+            .ok_or_else(|| {
+                let names = LlamaConfig::preset_names().join(", ");
+                Error::request(format!("there is no preset '{name}'")).help(format!("presets: {names}"))
+            })?
+            .to_json(),
+        (None, Some(path)) => LlamaConfig::from_json(path)?.to_json(),
+        (None, None) => return Err(Error::request("[model] names neither preset, config nor checkpoint")),
+    };
+    let llama = override_keys(json, &m.overrides)?;
+    Model::init(device, llama, config.train.seed)
+}
+
+/// Sizes that follow from others are derived anew, unless they are given, too.
+fn override_keys(mut json: serde_json::Value, overrides: &toml::Table) -> Result<LlamaConfig> {
+    if let Some(object) = json.as_object_mut() {
+        let given = |key: &str| overrides.contains_key(key);
+        let one_kv_head_each = object.get("num_key_value_heads") == object.get("num_attention_heads");
+        if (given("hidden_size") || given("num_attention_heads")) && !given("head_dim") {
+            object.remove("head_dim");
+        }
+        if given("num_attention_heads") && one_kv_head_each && !given("num_key_value_heads") {
+            object.remove("num_key_value_heads");
+        }
+    }
+    for (key, value) in overrides {
+        let value = serde_json::to_value(value).map_err(|e| Error::request(format!("[model] overrides.{key}: {e}")))?;
+        match json.as_object_mut().filter(|o| o.contains_key(key)) {
+            Some(object) => object.insert(key.clone(), value),
+            None => {
+                return Err(Error::request(format!("[model] overrides.{key} is no key of the model's config.json"))
+                    .help("for example: vocab_size, hidden_size, num_hidden_layers"));
+            }
+        };
+    }
+    LlamaConfig::from_value(&json).map_err(|e| Error { message: format!("[model] with overrides: {}", e.message), ..e })
+}
+
+fn open_validation<D: Device>(trainer: &Trainer<D>) -> Result<Option<(TokenShard, Windows)>> {
+    let data = &trainer.config().data;
+    let (shard, windows) = match &data.validation {
+        Some(path) => {
+            let shard = TokenShard::open(path)?;
+            if shard.vocab_size() != trainer.shard().vocab_size() {
+                return Err(Error::request(format!(
+                    "'{}' has a vocabulary of {} ids, the training shard one of {}",
+                    path.display(),
+                    shard.vocab_size(),
+                    trainer.shard().vocab_size()
+                ))
+                .help("tokenize both with the same tokenizer"));
+            }
+            let (windows, _) = Windows::split(&shard, data.max_length, None, 0.0)?;
+            (shard, windows)
+        }
+        None => {
+            let shard = TokenShard::open(&data.train)?;
+            let (_, windows) = Windows::split(&shard, data.max_length, None, data.validation_fraction)?;
+            (shard, windows)
+        }
+    };
+    Ok((windows.count() > 0).then_some((shard, windows)))
+}
+
+fn hash_data(config: &Config) -> Result<BTreeMap<String, Hashed>> {
+    let mut data = BTreeMap::new();
+    let shards = [("train", Some(&config.data.train)), ("validation", config.data.validation.as_ref())];
+    for (name, path) in shards.into_iter().filter_map(|(name, path)| Some((name, path?))) {
+        data.insert(name.to_owned(), Hashed { path: path.clone(), sha256: sha256_file(path)? });
+    }
+    Ok(data)
+}
+
+fn write_manifest(path: &Path, manifest: &Manifest) -> Result<()> {
+    let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::world(e.to_string()))? + "\n";
+    staged::write_file(path, json.as_bytes(), true)
+}
+
+fn serde_name(mode: &Mode) -> String {
+    serde_json::to_value(mode).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}

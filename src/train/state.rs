@@ -1,0 +1,187 @@
+//! Checkpoints of a run: a Hugging Face folder, and beside it everything else that resuming bit for bit needs.
+//!
+//! ```text
+//! step-N/model.safetensors, config.json     the model with the current delta merged
+//! step-N/training_state/state.json          counters
+//! step-N/training_state/state.safetensors   exp_avg.NAME and exp_avg_sq.NAME; inside a cycle also param.NAME of the
+//!                                           frozen weights, A and B (the merged model has lost them)
+//! ```
+
+use super::{optim::Moments, trainer::Trainer};
+use crate::{
+    adapter::{AdapterConfig, NewModule, save},
+    checkpoint::{Checkpoint, Dtype, TensorFile, TensorSpec, Writer},
+    error::{Error, Result},
+    model::{Model, ParamKind},
+    ops::Device,
+};
+use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, fs, path::Path};
+
+const STATE_FOLDER: &str = "training_state";
+const COUNTERS: &str = "state.json";
+const TENSORS: &str = "state.safetensors";
+
+/// `training_state/state.json`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Counters {
+    step: u64,
+    cycle: u64,
+    cycle_start: u64,
+    skipped: u64,
+    /// Whether A and B exist.
+    low_rank: bool,
+    /// Updates since the bias correction began, by parameter.
+    adam_steps: BTreeMap<String, u64>,
+}
+
+/// Writes the model as a Hugging Face folder, the current delta merged.
+pub fn save_model<D: Device>(model: &Model<D>, folder: &Path) -> Result<()> {
+    let stored = || model.params().iter().filter(|p| !matches!(p.kind, ParamKind::LoraA | ParamKind::LoraB));
+    let specs: Vec<TensorSpec> =
+        stored().map(|p| TensorSpec { name: p.name.clone(), dtype: Dtype::F32, shape: p.shape.clone() }).collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let writer = Writer::create(folder, &specs, 5_000_000_000, &metadata)?;
+    for param in stored() {
+        let mut values = model.device().read(&param.value);
+        if param.kind == ParamKind::Linear && model.lora().is_some() {
+            add_delta(model, &param.name, &param.shape, &mut values);
+        }
+        writer.write_f32(&param.name, Dtype::F32, &values)?;
+    }
+    writer.finish()?;
+    write_json(&folder.join("config.json"), &model.config().to_json())
+}
+
+/// `values += scaling * B @ A` for the projection called `name`, on the host.
+fn add_delta<D: Device>(model: &Model<D>, name: &str, shape: &[usize], values: &mut [f32]) {
+    let module = name.trim_end_matches(".weight");
+    let factor = |which: &str| model.param(&format!("{module}.{which}.weight")).map(|p| model.device().read(&p.value));
+    let (Some(spec), Some(a), Some(b)) = (model.lora(), factor("lora_A"), factor("lora_B")) else { return };
+    let (out, r, inputs) = (shape[0], spec.r, shape[1]);
+    let a = ArrayView2::from_shape((r, inputs), &a);
+    let b = ArrayView2::from_shape((out, r), &b);
+    let w = ArrayViewMut2::from_shape((out, inputs), values);
+    if let (Ok(a), Ok(b), Ok(mut w)) = (a, b, w) {
+        general_mat_mul(spec.scaling as f32, &b, &a, 1.0, &mut w);
+    }
+}
+
+/// Writes A and B of the current cycle as a PEFT adapter.
+pub fn save_cycle<D: Device>(model: &Model<D>, base: &Path, folder: &Path) -> Result<()> {
+    let spec = model.lora().ok_or_else(|| Error::request("the model has no low-rank factors to save"))?;
+    let mut factors = Vec::new();
+    for a in model.params().iter().filter(|p| p.kind == ParamKind::LoraA) {
+        let module = a.name.trim_end_matches(".lora_A.weight");
+        let b = model.param(&format!("{module}.lora_B.weight"));
+        let b = b.ok_or_else(|| Error::request(format!("'{module}' has lora_A but no lora_B")))?;
+        factors.push((module, a.shape[1], b.shape[0], model.device().read(&a.value), model.device().read(&b.value)));
+    }
+    let mut targets: Vec<&str> = factors.iter().filter_map(|f| f.0.rsplit('.').next()).collect();
+    targets.sort_unstable();
+    targets.dedup();
+    let mut config = AdapterConfig::new(spec.r, spec.lora_alpha, &targets);
+    config.base_model_name_or_path = Some(base.to_string_lossy().into_owned());
+    let modules: Vec<NewModule> = factors
+        .iter()
+        .map(|(name, in_features, out_features, a, b)| NewModule {
+            name,
+            r: spec.r,
+            out_features: *out_features,
+            in_features: *in_features,
+            a,
+            b,
+        })
+        .collect();
+    save(folder, &config, &modules)
+}
+
+/// Writes a checkpoint into `folder`, which exists and is staged.
+pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result<()> {
+    let model = &trainer.model;
+    save_model(model, folder)?;
+    let folder = folder.join(STATE_FOLDER);
+    fs::create_dir(&folder).map_err(|e| Error::io("create", &folder, e))?;
+    let counters = Counters {
+        step: trainer.step,
+        cycle: trainer.cycle,
+        cycle_start: trainer.cycle_start,
+        skipped: trainer.skipped,
+        low_rank: model.lora().is_some(),
+        adam_steps: trainer.optimizer.moments.iter().map(|(name, m)| (name.clone(), m.t)).collect(),
+    };
+    let json = serde_json::to_value(&counters).map_err(|e| Error::world(e.to_string()))?;
+    write_json(&folder.join(COUNTERS), &json)?;
+
+    let mut tensors = Vec::new();
+    for param in model.params() {
+        if model.lora().is_some() && !matches!(param.kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head) {
+            tensors.push((format!("param.{}", param.name), &param.shape, &param.value));
+        }
+        if let Some(moments) = trainer.optimizer.moments.get(&param.name) {
+            tensors.push((format!("exp_avg.{}", param.name), &param.shape, &moments.m));
+            tensors.push((format!("exp_avg_sq.{}", param.name), &param.shape, &moments.v));
+        }
+    }
+    let specs: Vec<_> = tensors
+        .iter()
+        .map(|(name, shape, _)| TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: shape.to_vec() })
+        .collect();
+    let writer = Writer::create_file(&folder.join(TENSORS), &specs, &BTreeMap::new())?;
+    for (name, _, buffer) in &tensors {
+        writer.write_f32(name, Dtype::F32, &model.device().read(buffer))?;
+    }
+    writer.finish()
+}
+
+/// Restores a fresh trainer, whose model was loaded from the checkpoint in `folder`, to the moment of saving.
+pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()> {
+    let folder = folder.join(STATE_FOLDER);
+    let path = folder.join(COUNTERS);
+    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let counters: Counters = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::request(format!("'{}' is not a training state: {e}", path.display())))?;
+    if counters.low_rank {
+        trainer.start_cycles()?;
+    }
+    trainer.step = counters.step;
+    trainer.cycle = counters.cycle;
+    trainer.cycle_start = counters.cycle_start;
+    trainer.skipped = counters.skipped;
+
+    let path = folder.join(TENSORS);
+    let state = Checkpoint::from_files(&path, vec![TensorFile::open(&path)?])?;
+    let (device, params) = trainer.model.device_and_params_mut();
+    for param in params.iter_mut() {
+        let read = |prefix: &str| -> Result<Option<Vec<f32>>> {
+            let Some(tensor) = state.get(&format!("{prefix}.{}", param.name)) else { return Ok(None) };
+            if tensor.shape() != param.shape {
+                return Err(Error::request(format!(
+                    "'{}': tensor '{}' has shape {:?}, expected {:?}",
+                    path.display(),
+                    tensor.name(),
+                    tensor.shape(),
+                    param.shape
+                )));
+            }
+            Ok(Some(tensor.to_f32()?.into_owned()))
+        };
+        let (value, m, v) = (read("param")?, read("exp_avg")?, read("exp_avg_sq")?);
+        if let Some(value) = value {
+            device.write(&mut param.value, &value);
+        }
+        if let (Some(m), Some(v)) = (m, v) {
+            let t = counters.adam_steps.get(&param.name).copied().unwrap_or(0);
+            let moments = Moments { m: device.upload(&m), v: device.upload(&v), t };
+            trainer.optimizer.moments.insert(param.name.clone(), moments);
+        }
+    }
+    Ok(())
+}
+
+fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(json).map_err(|e| Error::world(e.to_string()))? + "\n";
+    fs::write(path, text).map_err(|e| Error::io("write", path, e))
+}

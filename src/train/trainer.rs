@@ -1,0 +1,222 @@
+//! The algorithm, without files: batches in, updates and restarts out.
+//!
+//! ReLoRA (arXiv 2307.05695): after a full-rank warm start the projections are frozen and `W + s B A` is trained through
+//! A and B; at every restart `W += s B A`, A is drawn anew, B = 0, and the optimiser state of A and B is pruned.
+
+use super::{
+    config::Config,
+    optim::Optimizer,
+    phase::Phase,
+    tokens::{TokenShard, Windows, mix},
+};
+use crate::{
+    adapter::config::scaling,
+    error::{Error, Result},
+    model::{LoraSpec, Model, ParamKind},
+    ops::Device,
+};
+
+/// A model in training, and where it is.
+pub struct Trainer<D: Device> {
+    config: Config,
+    phases: Vec<Phase>,
+    /// The weights.
+    pub model: Model<D>,
+    /// The moments.
+    pub optimizer: Optimizer<D>,
+    shard: TokenShard,
+    windows: Windows,
+    /// Updates made.
+    pub step: u64,
+    /// The cycle being trained, from 1; 0 before the first.
+    pub cycle: u64,
+    /// Updates made when the cycle began.
+    pub cycle_start: u64,
+    /// Updates skipped because loss or gradient were not finite.
+    pub skipped: u64,
+    tokens: Vec<u32>,
+}
+
+/// What one update did.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// Mean loss of the batch before the update (natural logarithm, per prediction).
+    pub loss: f64,
+    /// Learning rate used.
+    pub lr: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// False if loss or gradient were not finite: the weights are as before.
+    pub applied: bool,
+}
+
+/// The share of skipped updates above which training stops, as in the official code.
+const MAX_SKIPPED: f64 = 0.05;
+
+impl<D: Device> Trainer<D> {
+    /// Starts at update 0.
+    pub fn new(config: Config, model: Model<D>, shard: TokenShard) -> Result<Self> {
+        if shard.vocab_size() > model.config().vocab_size {
+            return Err(Error::request(format!(
+                "'{}' has a vocabulary of {} ids, the model one of {}",
+                shard.path().display(),
+                shard.vocab_size(),
+                model.config().vocab_size
+            ))
+            .help("set [model] overrides.vocab_size, or tokenize with the model's tokenizer"));
+        }
+        if config.data.max_length > model.config().max_position_embeddings {
+            return Err(Error::request(format!(
+                "data.max_length is {}, the model has max_position_embeddings {}",
+                config.data.max_length,
+                model.config().max_position_embeddings
+            ))
+            .help("shorten data.max_length, or set [model] overrides.max_position_embeddings for a new model"));
+        }
+        if let Some(relora) = config.relora.as_ref().filter(|r| r.lora_r > model.config().hidden_size) {
+            return Err(Error::request(format!(
+                "relora.lora_r is {}, more than the model's hidden_size {}",
+                relora.lora_r,
+                model.config().hidden_size
+            )));
+        }
+        let held_out = if config.data.validation.is_some() { 0.0 } else { config.data.validation_fraction };
+        let seed = config.data.shuffle.then_some(config.train.seed);
+        let (windows, _) = Windows::split(&shard, config.data.max_length, seed, held_out)?;
+        let phases = config.phases();
+        let mut trainer = Trainer {
+            config,
+            phases,
+            model,
+            optimizer: Optimizer::new(),
+            shard,
+            windows,
+            step: 0,
+            cycle: 0,
+            cycle_start: 0,
+            skipped: 0,
+            tokens: Vec::new(),
+        };
+        trainer.model.set_trainable(|_| true);
+        Ok(trainer)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The data.
+    pub fn shard(&self) -> &TokenShard {
+        &self.shard
+    }
+
+    /// Whether all updates are made.
+    pub fn is_finished(&self) -> bool {
+        self.step >= self.config.train.num_training_steps
+    }
+
+    /// Whether the next update is the first low-rank one: call [`Trainer::start_cycles`] before it.
+    pub fn cycles_start_here(&self) -> bool {
+        self.cycle == 0 && self.phase().low_rank && self.step == self.phase().first_step && !self.is_finished()
+    }
+
+    /// Whether the update just made ends a cycle before the end of the training: call [`Trainer::restart`].
+    pub fn restart_is_due(&self) -> bool {
+        self.cycle > 0 && self.step > self.cycle_start && self.phase().restarts_after(self.step)
+    }
+
+    fn phase(&self) -> &Phase {
+        // The phases cover all updates; after the last one the last phase stays.
+        let next = self.phases.iter().find(|p| self.step < p.first_step + p.steps);
+        next.unwrap_or(&self.phases[self.phases.len() - 1])
+    }
+
+    /// Freezes the projections and begins the first cycle.
+    pub fn start_cycles(&mut self) -> Result<()> {
+        let spec = self.lora_spec()?;
+        self.model.add_lora(spec);
+        self.model.set_trainable(|kind| *kind != ParamKind::Linear);
+        self.model.reset_lora(self.cycle_seed(1));
+        if self.config.relora.as_ref().is_some_and(|r| r.zero_initial_a) {
+            let (device, params) = self.model.device_and_params_mut();
+            for p in params.iter_mut().filter(|p| p.kind == ParamKind::LoraA) {
+                device.fill(&mut p.value, 0.0);
+            }
+        }
+        self.optimizer.retain_trained(&self.model);
+        self.cycle = 1;
+        self.cycle_start = self.step;
+        Ok(())
+    }
+
+    /// Ends a cycle and begins the next: merge, draw A anew, B = 0, prune the optimiser state.
+    pub fn restart(&mut self) {
+        self.model.merge_lora();
+        self.cycle += 1;
+        self.cycle_start = self.step;
+        self.model.reset_lora(self.cycle_seed(self.cycle));
+        if let Some(relora) = &self.config.relora {
+            self.optimizer.prune_lora(&self.model, relora, self.cycle_seed(self.cycle));
+        }
+    }
+
+    /// Merges the last cycle; the model is an ordinary one again.
+    pub fn finish_cycles(&mut self) {
+        self.model.merge_lora();
+        self.model.remove_lora();
+    }
+
+    /// One update: forward and backward over the batch, clipping, AdamW.
+    pub fn update(&mut self) -> Result<Update> {
+        let t = &self.config.train;
+        let (batch, accumulation, len) = (t.batch_size, t.gradient_accumulation, self.config.data.max_length);
+        let mut sample = self.step * (batch * accumulation) as u64;
+        let mut loss = 0.0;
+        self.model.zero_grad();
+        for _ in 0..accumulation {
+            self.tokens.clear();
+            self.windows.read(&self.shard, sample, batch, &mut self.tokens)?;
+            loss += self.model.forward_backward(&self.tokens, batch, len, 1.0 / accumulation as f32)?;
+            sample += batch as u64;
+        }
+        loss /= accumulation as f64;
+
+        let lr = self.phase().lr_after(self.step);
+        let grad_norm = Optimizer::grad_norm(&self.model);
+        let applied = loss.is_finite() && grad_norm.is_finite();
+        if applied {
+            self.optimizer.update(&mut self.model, lr, clip_factor(grad_norm, t.clip_grad_norm), t);
+        } else {
+            self.skipped += 1;
+        }
+        self.step += 1;
+        if self.skipped as f64 > (MAX_SKIPPED * t.num_training_steps as f64).max(1.0) {
+            return Err(Error::world(format!(
+                "step {}: loss is {loss} (grad_norm {grad_norm:.1e}, lr {lr:.1e}, {} updates after the last restart); {} updates were skipped for such values, more than 5% of {}",
+                self.step,
+                self.step - self.cycle_start,
+                self.skipped,
+                t.num_training_steps
+            ))
+            .help("lower train.lr or lengthen train.restart_warmup_steps, and resume from the last checkpoint"));
+        }
+        Ok(Update { loss, lr, grad_norm, applied })
+    }
+
+    /// Rank and scale of the delta, from the configuration.
+    pub fn lora_spec(&self) -> Result<LoraSpec> {
+        let relora = self.config.relora.as_ref().ok_or_else(|| Error::request("mode full has no cycles"))?;
+        let scaling = scaling(relora.lora_alpha, relora.lora_r, false);
+        Ok(LoraSpec { r: relora.lora_r, lora_alpha: relora.lora_alpha, scaling, dropout: 0.0 })
+    }
+
+    fn cycle_seed(&self, cycle: u64) -> u64 {
+        mix(self.config.train.seed ^ mix(cycle))
+    }
+}
+
+/// `torch.nn.utils.clip_grad_norm_`: `min(1, max_norm / (norm + 1e-6))`; no clipping for 0.
+fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
+}

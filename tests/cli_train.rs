@@ -1,0 +1,232 @@
+//! `tokenize`, `train`, `eval`: the program on a tiny model.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{entries, refused, run};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+/// A folder with a text, its token shard, a tiny model's configuration and a run's.
+struct Workshop(tempfile::TempDir);
+
+impl Workshop {
+    fn new() -> Workshop {
+        let dir = tempfile::tempdir().unwrap();
+        let text: String = (0..400).map(|i| format!("line {} of a text that repeats itself.\n", i % 7)).collect();
+        fs::write(dir.path().join("text.txt"), text).unwrap();
+        let llama = serde_json::json!({
+            "model_type": "llama", "hidden_size": 16, "intermediate_size": 44, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 257, "max_position_embeddings": 64,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false, "initializer_range": 0.02,
+        });
+        fs::write(dir.path().join("model.json"), llama.to_string()).unwrap();
+        fs::write(
+            dir.path().join("run.toml"),
+            r#"
+            [model]
+            config = "model.json"
+            [data]
+            train = "tokens.safetensors"
+            validation_fraction = 0.1
+            max_length = 32
+            [train]
+            mode = "relora"
+            seed = 5
+            batch_size = 2
+            gradient_accumulation = 2
+            num_training_steps = 50
+            lr = 3e-3
+            scheduler = "cosine_restarts"
+            warmup_steps = 2
+            restart_warmup_steps = 2
+            save_every = 7
+            keep_checkpoints = 2
+            eval_every = 20
+            [warm_start]
+            num_training_steps = 10
+            warmup_steps = 2
+            [relora]
+            lora_r = 2
+            lora_alpha = 4.0
+            relora = 10
+            "#,
+        )
+        .unwrap();
+        let workshop = Workshop(dir);
+        let (code, _, stderr) =
+            run(["tokenize", &workshop.path("text.txt"), "-o", &workshop.path("tokens.safetensors")]);
+        assert_eq!(code, 0, "{stderr}");
+        workshop
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_string_lossy().into_owned()
+    }
+
+    fn train(&self, output: &str, set: &[&str]) -> (i32, String, String) {
+        let mut args =
+            vec!["train".to_owned(), "--config".into(), self.path("run.toml"), "-o".into(), self.path(output)];
+        args.extend(set.iter().flat_map(|s| ["--set".to_owned(), (*s).to_owned()]));
+        run(args)
+    }
+}
+
+/// Losses of all updates, as text: bit for bit.
+fn losses(run: &Path) -> Vec<String> {
+    let rows = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let rows = rows.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    rows.filter_map(|row| Some(format!("{} {} {}", row["step"], row.get("loss")?, row["grad_norm"]))).collect()
+}
+
+#[test]
+fn a_relora_run_leaves_a_base_its_cycles_and_a_checkpoint() {
+    let workshop = Workshop::new();
+    let (code, stdout, stderr) = workshop.train("run", &[]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("cycles merged") && stdout.contains("validation perplexity"), "{stdout}");
+    let run_dir = PathBuf::from(workshop.path("run"));
+    assert_eq!(entries(&run_dir), ["base", "checkpoints", "config.toml", "cycles", "manifest.json", "metrics.jsonl"]);
+    assert_eq!(entries(&run_dir.join("cycles")), ["cycle-001", "cycle-002", "cycle-003", "cycle-004"]);
+    assert_eq!(entries(&run_dir.join("checkpoints")), ["step-49", "step-50"]);
+    let losses = losses(&run_dir);
+    assert_eq!(losses.len(), 50);
+    let number = |row: &String| row.split(' ').nth(1).unwrap().parse::<f64>().unwrap();
+    assert!(number(&losses[49]) < number(&losses[0]) - 0.5, "{} then {}", losses[0], losses[49]);
+
+    let (code, stdout, _) = run([
+        "eval",
+        "--model",
+        &workshop.path("run/checkpoints/step-50"),
+        "--data",
+        &workshop.path("tokens.safetensors"),
+        "--max-length",
+        "32",
+        "--format",
+        "json",
+    ]);
+    let loss = serde_json::from_str::<serde_json::Value>(&stdout).unwrap()["loss"].as_f64().unwrap();
+    assert_eq!(code, 0);
+    assert!(loss > 0.0 && loss < number(&losses[0]), "{loss}");
+}
+
+#[test]
+fn a_run_that_is_killed_anywhere_resumes_to_the_same_bits() {
+    let workshop = Workshop::new();
+    let (code, _, stderr) = workshop.train("whole", &[]);
+    assert_eq!(code, 0, "{stderr}");
+    let whole = PathBuf::from(workshop.path("whole"));
+    let killed = PathBuf::from(workshop.path("killed"));
+    let program = assert_cmd::cargo::cargo_bin("relora-kit");
+    let mut kills = 0;
+    for attempt in 0..60u64 {
+        let mut command = Command::new(&program);
+        if killed.exists() {
+            command.args(["train", "--resume"]).arg(&killed);
+        } else {
+            command.args(["train", "--config", &workshop.path("run.toml"), "-o"]).arg(&killed);
+        }
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Later attempts get longer, so that the run ends.
+        std::thread::sleep(Duration::from_millis(20 + 13 * attempt));
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success());
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        kills += 1;
+    }
+    assert!(kills > 0, "the run was never killed");
+    assert_eq!(losses(&killed), losses(&whole));
+    for file in [
+        "checkpoints/step-50/model.safetensors",
+        "cycles/cycle-003/adapter_model.safetensors",
+        "base/model.safetensors",
+    ] {
+        assert!(fs::read(killed.join(file)).unwrap() == fs::read(whole.join(file)).unwrap(), "{file}");
+    }
+}
+
+#[test]
+fn full_and_lora_runs_work_without_cycles_of_their_own() {
+    let workshop = Workshop::new();
+    let text = fs::read_to_string(workshop.path("run.toml")).unwrap();
+    let head = text.split("[warm_start]").next().unwrap().to_owned();
+    fs::write(workshop.path("full.toml"), head.replace("\"relora\"", "\"full\"")).unwrap();
+    let (code, stdout, stderr) = run(["train", "--config", &workshop.path("full.toml"), "-o", &workshop.path("full")]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.lines().any(|l| l.split_whitespace().eq(["cycles", "merged", "0"])), "{stdout}");
+
+    fs::write(
+        workshop.path("lora.toml"),
+        head.replace("\"relora\"", "\"lora\"")
+            .replace("config = \"model.json\"", "checkpoint = \"full/checkpoints/step-50\"")
+            + "[relora]\nlora_r = 2\nlora_alpha = 4.0\n",
+    )
+    .unwrap();
+    let (code, stdout, stderr) = run(["train", "--config", &workshop.path("lora.toml"), "-o", &workshop.path("lora")]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.lines().any(|l| l.split_whitespace().eq(["cycles", "merged", "1"])), "{stdout}");
+}
+
+#[test]
+fn a_run_directory_that_exists_is_not_touched() {
+    let workshop = Workshop::new();
+    fs::create_dir(workshop.path("run")).unwrap();
+    let args = ["train", "--config", &workshop.path("run.toml"), "-o", &workshop.path("run")];
+    refused(args, 2, &["run directory", "exists already", "help: ", "--resume"]);
+    assert!(entries(Path::new(&workshop.path("run"))).is_empty());
+}
+
+#[test]
+fn a_shard_that_changed_is_refused_at_resume() {
+    let workshop = Workshop::new();
+    let program = assert_cmd::cargo::cargo_bin("relora-kit");
+    let mut child = Command::new(program)
+        .args(["train", "--config", &workshop.path("run.toml"), "-o", &workshop.path("run")])
+        .args(["--set", "train.num_training_steps=10010", "--set", "train.save_every=1"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !Path::new(&workshop.path("run/checkpoints/step-1")).exists() {
+        assert!(child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::write(workshop.path("text.txt"), "another text ".repeat(500)).unwrap();
+    let args = ["tokenize", &workshop.path("text.txt"), "-o", &workshop.path("tokens.safetensors"), "--force"];
+    assert_eq!(run(args).0, 0);
+    refused(["train", "--resume", &workshop.path("run")], 2, &["train data differ"]);
+}
+
+#[test]
+fn bad_requests_are_refused_before_anything_is_written() {
+    let workshop = Workshop::new();
+    for (set, expected) in [
+        ("data.train=nowhere.safetensors", "nowhere.safetensors"),
+        ("data.train=model.json", "is not a valid safetensors file"),
+        ("data.max_length=128", "max_position_embeddings 64"),
+        ("data.validation_fraction=0.9999", "expected at least one window"),
+        ("model.overrides.vocab_size=100", "vocabulary of 257 ids, the model one of 100"),
+        ("model.overrides.colour=1", "overrides.colour is no key"),
+        ("model.overrides.hidden_size=15", "15"),
+        ("relora.lora_r=100", "more than the model's hidden_size 16"),
+        ("train.unknown=1", "unknown field `unknown`"),
+    ] {
+        let (code, _, stderr) = workshop.train(
+            "run",
+            &[&set
+                .replace("=nowhere", &format!("={}", workshop.path("nowhere")))
+                .replace("=model.json", &format!("={}", workshop.path("model.json")))],
+        );
+        assert_eq!(code, 2, "{set}: {stderr}");
+        assert!(stderr.contains(expected), "{set}: {stderr}");
+        assert!(!Path::new(&workshop.path("run")).exists());
+    }
+}
