@@ -1,28 +1,18 @@
 //! `relora-kit spectrum`, driven as a user does.
 
 mod common;
+#[path = "common/synthetic_run.rs"]
+mod synthetic_run;
 
 use common::{f32_bytes, refused, run, write_tensors};
 use relora_kit::checkpoint::{Dtype, dtype};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use synthetic_run::{Spec, noise, write_run};
 
 const Q: &str = "model.layers.0.self_attn.q_proj.weight";
 const UP: &str = "model.layers.0.mlp.up_proj.weight";
 const NORM: &str = "model.norm.weight";
-
-/// Reproducible values, uniform in -1..1 (SplitMix64).
-fn noise(seed: u64, count: usize) -> Vec<f32> {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
-    (0..count).map(|_| (next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
-}
 
 /// `w + scale * B @ A` of rank `r`.
 fn add_low_rank(w: &[f32], (m, n): (usize, usize), r: usize, scale: f32) -> Vec<f32> {
@@ -127,7 +117,12 @@ fn the_table_names_matrices_groups_and_what_was_skipped() {
 fn csv_has_every_metric_and_one_row_per_matrix() {
     let (_, stdout, _) = run([pair("F32").args(), vec!["--format", "csv"]].concat());
     let mut lines = stdout.lines();
-    assert!(lines.next().unwrap().starts_with("name,label,rows,columns,dtype,module,layer,r,spectral_norm,"));
+    assert!(
+        lines
+            .next()
+            .unwrap()
+            .starts_with("name,label,rows,columns,dtype,module,layer,r,cycle,cumulative,spectral_norm,")
+    );
     assert_eq!(lines.count(), 2);
 }
 
@@ -225,4 +220,78 @@ fn an_existing_output_is_refused_before_any_work() {
     let (code, stdout, _) = run([pair.args(), vec!["-o", text(&out), "--force", "--format", "json"]].concat());
     assert!(code == 0 && stdout.is_empty());
     assert!(serde_json::from_slice::<Value>(&std::fs::read(&out).unwrap()).is_ok());
+}
+
+#[test]
+fn the_rank_of_a_run_grows_by_r_with_every_cycle_until_it_is_full() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = write_run(folder.path(), Spec { cycles: 7, r: 4, ..Spec::default() });
+    let result = json(&["spectrum", "--run", text(&run)]);
+    let cycles = result["cycles"].as_array().unwrap();
+    for (k, cycle) in (1u64..).zip(cycles) {
+        assert_eq!(cycle["own_rank"]["median"], 4.0);
+        assert_eq!(cycle["sum_of_r"]["median"].as_f64(), Some(4.0 * k as f64));
+        let expected = (4 * k).min(24) as f64;
+        assert_eq!(cycle["rank_above_noise"]["min"].as_f64(), Some(expected), "{cycle}");
+        assert_eq!(cycle["rank_above_noise"]["max"].as_f64(), Some(expected), "{cycle}");
+    }
+    assert_eq!(cycles.len(), 7);
+    let matrices = result["matrices"].as_array().unwrap();
+    assert_eq!(matrices.len(), 3 * 7 * 2);
+    assert_eq!(result["groups"].as_array().unwrap().len(), 3);
+}
+
+/// The factors' sum and the stored checkpoints tell the same story, by two unrelated routes.
+#[test]
+fn the_sum_of_the_cycles_agrees_with_the_difference_of_the_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = write_run(folder.path(), Spec::default());
+    let (base, tuned) = (run.join("base"), run.join("checkpoints/step-35"));
+    let only = ["--sigma", "--filter", "*_proj*"];
+    let dense =
+        json(&[&["spectrum", "--base", text(&base), "--tuned", text(&tuned), "--roundings", "3"], &only[..]].concat());
+    let factored = json(&[&["spectrum", "--run", text(&run)], &only[..]].concat());
+    for d in dense["matrices"].as_array().unwrap() {
+        let same = |m: &&Value| m["name"] == d["name"] && m["cycle"] == 3 && m["cumulative"] == true;
+        let f = factored["matrices"].as_array().unwrap().iter().find(same).unwrap();
+        assert_eq!(d["rank_above_noise"], 12);
+        assert_eq!((&f["rank_above_noise"], &f["noise_edge"]), (&d["rank_above_noise"], &d["noise_edge"]));
+        let values = |m: &Value| m["sigma"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).collect::<Vec<_>>();
+        let (d, f) = (values(d), values(f));
+        assert!(d.iter().zip(&f).all(|(a, b)| (a - b).abs() < 1e-6 * d[0]), "{d:?} {f:?}");
+    }
+}
+
+#[test]
+fn the_gate_of_a_high_rank_update_fails_after_a_single_cycle() {
+    let gate = |cycles| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write_run(folder.path(), Spec { cycles, ..Spec::default() });
+        run(["spectrum", "--run", text(&path), "--require", "rank_above_noise > 2*r for 90%"])
+    };
+    let (code, stdout, stderr) = gate(3);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let (code, stdout, _) = gate(1);
+    assert_eq!(code, 1, "{stdout}");
+    assert!(stdout.contains("q_proj.weight has 4 against 8"), "{stdout}");
+}
+
+#[test]
+fn an_adapter_is_measured_from_its_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = write_run(folder.path(), Spec::default());
+    let result =
+        json(&["spectrum", "--adapter", text(&run.join("cycles/cycle-002")), "--require", "numerical_rank == r"]);
+    let first = &result["matrices"][0];
+    assert_eq!((&first["r"], &first["rank_above_noise"], &first["noise_edge"]), (&4.into(), &4.into(), &0.0.into()));
+    assert_eq!(result["sources"][0]["kind"], "adapter");
+    assert!(first.get("cycle").is_none());
+}
+
+#[test]
+fn a_run_without_cycles_and_a_folder_that_is_no_run_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = write_run(folder.path(), Spec { cycles: 0, ..Spec::default() });
+    refused(["spectrum", "--run", text(&run)], 2, &["no finished cycle"]);
+    refused(["spectrum", "--run", text(folder.path())], 2, &["manifest.json"]);
 }

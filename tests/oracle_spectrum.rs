@@ -4,7 +4,10 @@ mod common;
 
 use relora_kit::{
     progress::Progress,
-    spectrum::{self, Labelled, Matrix, Options, Request, Spectrum, measures::Metric},
+    spectrum::{
+        self, Labelled, Matrix, Options, Request, Spectrum,
+        measures::{METRICS, Metric},
+    },
 };
 use serde_json::Value;
 use std::path::Path;
@@ -92,5 +95,36 @@ fn rounding_does_not_pass_for_rank() {
         let expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
         let spectrum = measure(&folder, &expected, roundings);
         assert_eq!(spectrum.matrices[0].measures.rank_above_noise, 24, "{case}");
+    }
+}
+
+/// The project's own fixtures: every measure and value by NumPy, in every clone.
+#[test]
+fn the_fixtures_agree_with_numpy() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    for (expected, base, tuned, roundings) in [
+        ("relora_f32", "tiny_llama", "relora/model.safetensors", 1),
+        ("merged_bf16", "tiny_llama_bf16", "merged/tiny_adapter_bf16.safetensors", 1),
+    ] {
+        let text = std::fs::read(fixtures.join(format!("spectra/{expected}.json"))).unwrap();
+        let expected: Value = serde_json::from_slice(&text).unwrap();
+        let tuned = Labelled { label: "x".into(), path: fixtures.join(tuned) };
+        let request = Request::Checkpoints { base: fixtures.join(base), tuned };
+        let options =
+            Options { requests: vec![request], common_only: true, sigma: true, roundings, ..Options::default() };
+        let spectrum = spectrum::run(&options, &Progress::hidden()).unwrap();
+        for (name, theirs) in expected.as_object().unwrap() {
+            let ours = spectrum.matrices.iter().find(|m| m.name == *name).unwrap();
+            let sigma = theirs["sigma"].as_array().unwrap();
+            let s1 = ours.measures.spectral_norm;
+            assert_eq!(ours.sigma.as_ref().unwrap().len(), sigma.len());
+            for (a, b) in ours.sigma.as_ref().unwrap().iter().zip(sigma) {
+                assert!((a - b.as_f64().unwrap()).abs() <= 1e-6 * s1, "{name}: {a} {b}");
+            }
+            for metric in METRICS.iter().filter(|m| m.name != "condition_number") {
+                let (a, b) = (ours.measures.get(metric).unwrap(), theirs[metric.name].as_f64().unwrap());
+                assert!((a - b).abs() <= 1e-6 * b.abs(), "{name}: {} is {a}, expected {b}", metric.name);
+            }
+        }
     }
 }

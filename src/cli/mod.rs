@@ -71,7 +71,7 @@ pub struct Output {
 
 #[derive(Subcommand)]
 enum Command {
-    Spectrum(spectrum::Args),
+    Spectrum(Box<spectrum::Args>),
     Train(train::Args),
     Tokenize(tokenize::Args),
     Eval(eval::Args),

@@ -18,6 +18,8 @@ use std::path::PathBuf;
 #[command(after_help = "Examples:
   relora-kit spectrum --base step-0 --tuned step-20000
   relora-kit spectrum --base step-0 --tuned relora=runs/a/final --tuned full=runs/b/final --filter '*self_attn*'
+  relora-kit spectrum --run runs/a --require 'rank_above_noise > 2*r for 90%'
+  relora-kit spectrum --adapter my-lora
   relora-kit spectrum --base step-0 --tuned step-20000 --rank 8 --require 'rank_above_noise > 2*r for 90%'
   relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
 
@@ -31,6 +33,12 @@ pub struct Args {
     /// The checkpoint after the update (Wn); repeat to compare several
     #[arg(long, value_name = "[LABEL=]CKPT", requires = "base", help_heading = "Sources")]
     tuned: Vec<String>,
+    /// A PEFT adapter: the spectrum of scaling * B @ A, no base needed; repeat to compare several
+    #[arg(long, value_name = "[LABEL=]ADAPTER", help_heading = "Sources")]
+    adapter: Vec<String>,
+    /// A run of `relora-kit train`: every cycle and the sum of all; repeat to compare several
+    #[arg(long, value_name = "[LABEL=]RUN", help_heading = "Sources")]
+    run: Vec<String>,
     /// Only tensors whose names match this glob; repeat for more
     #[arg(long, value_name = "GLOB", help_heading = "Selection")]
     filter: Vec<String>,
@@ -91,8 +99,11 @@ impl Args {
         for (base, tuned) in self.base.iter().flat_map(|base| self.tuned.iter().map(move |tuned| (base, tuned))) {
             requests.push(Request::Checkpoints { base: base.clone(), tuned: Labelled::parse(tuned) });
         }
+        requests.extend(self.adapter.iter().map(|text| Request::Adapter(Labelled::parse(text))));
+        requests.extend(self.run.iter().map(|text| Request::Run(Labelled::parse(text))));
         if requests.is_empty() {
-            return Err(Error::request("no source is given").help("pass --base CKPT --tuned CKPT"));
+            return Err(Error::request("no source is given")
+                .help("pass --base CKPT --tuned CKPT, --adapter ADAPTER, or --run RUN"));
         }
         Ok(requests)
     }

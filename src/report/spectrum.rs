@@ -1,7 +1,7 @@
 //! `spectrum`: matrices, module kinds, gates.
 
 use super::{Report, table::Table};
-use crate::spectrum::{GateResult, Matrix, Reason, Spectrum, measures::METRICS};
+use crate::spectrum::{GateResult, Matrix, Reason, Spectrum, groups::Range, measures::METRICS};
 use serde::{Serialize, Serializer};
 
 /// A spectrum as it is shown.
@@ -25,6 +25,9 @@ impl Report for SpectrumReport<'_> {
             return vec![wide_table(&s.matrices)];
         }
         let mut tables = vec![matrix_table(s), group_table(s)];
+        if !s.cycles.is_empty() {
+            tables.push(cycle_table(s));
+        }
         if !s.gates.is_empty() {
             tables.push(gate_table(&s.gates));
         }
@@ -42,13 +45,15 @@ impl Report for SpectrumReport<'_> {
 }
 
 fn wide_table(matrices: &[Matrix]) -> Table {
-    let mut header = vec!["name", "label", "rows", "columns", "dtype", "module", "layer", "r"];
+    let mut header = vec!["name", "label", "rows", "columns", "dtype", "module", "layer", "r", "cycle", "cumulative"];
     header.extend(METRICS.iter().map(|m| m.name));
     let mut table = Table::new("", &header);
     for m in matrices {
         let optional = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
         let mut row = vec![m.name.clone(), m.label.clone(), m.shape[0].to_string(), m.shape[1].to_string()];
         row.extend([m.dtype.clone(), m.module.clone(), optional(m.layer), optional(m.r)]);
+        row.push(m.cycle.map_or(String::new(), |c| c.to_string()));
+        row.push(m.cumulative.map_or(String::new(), |c| c.to_string()));
         row.extend(METRICS.iter().map(|metric| m.measures.get(metric).map_or(String::new(), |v| v.to_string())));
         table.row(row);
     }
@@ -75,7 +80,7 @@ fn matrix_table(s: &Spectrum) -> Table {
         "99%",
     ]);
     let mut table = Table::new("", &header);
-    for m in &s.matrices {
+    for m in s.totals() {
         let v = &m.measures;
         let mut row = vec![m.name.clone()];
         row.extend(several_labels(s).then(|| m.label.clone()));
@@ -107,12 +112,38 @@ fn group_table(s: &Spectrum) -> Table {
         row.extend(several_labels(s).then(|| group.label.clone()));
         row.push(group.matrices.to_string());
         row.extend(shown.iter().map(|metric| match group.metrics.get(*metric) {
-            Some(r) => format!("{} ({} to {})", number(r.median), number(r.min), number(r.max)),
+            Some(r) => range(*r),
             None => "null".into(),
         }));
         table.row(row);
     }
     table
+}
+
+fn cycle_table(s: &Spectrum) -> Table {
+    let title =
+        "Per cycle: median (smallest to largest) over the matrices; k cycles can reach rank k*r, at most min(m,n)";
+    let mut header = vec!["cycle"];
+    header.extend(several_labels(s).then_some("source"));
+    header.extend(["r", "rank of the cycle", "k*r", "min(m,n)", "rank of the sum", "effective rank of the sum"]);
+    let mut table = Table::new(title, &header);
+    for c in &s.cycles {
+        let mut row = vec![c.cycle.to_string()];
+        row.extend(several_labels(s).then(|| c.label.clone()));
+        row.extend([c.r, c.own_rank, c.sum_of_r, c.full_rank, c.rank_above_noise].map(range));
+        row.push(c.effective_rank.map_or("null".into(), range));
+        table.row(row);
+    }
+    table
+}
+
+/// `8` where all are the same, `12 (8 to 16)` otherwise.
+fn range(r: Range) -> String {
+    if r.min == r.max {
+        number(r.median)
+    } else {
+        format!("{} ({} to {})", number(r.median), number(r.min), number(r.max))
+    }
 }
 
 fn gate_table(gates: &[GateResult]) -> Table {
@@ -154,6 +185,7 @@ fn skipped_remarks(s: &Spectrum) -> Vec<String> {
         (Reason::NotFloatingPoint, "not floating point"),
         (Reason::OneSideOnly, "on one side only"),
         (Reason::NonFinite, "NaN or infinite"),
+        (Reason::NotLowRank, "stored in full"),
     ];
     let count = |reason| s.skipped.iter().filter(|k| k.reason == reason).count();
     reasons

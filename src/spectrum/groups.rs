@@ -43,7 +43,7 @@ impl Range {
 }
 
 /// Groups in the order in which their first matrices come.
-pub fn groups(matrices: &[Matrix]) -> Vec<Group> {
+pub fn groups<'a>(matrices: impl Iterator<Item = &'a Matrix>) -> Vec<Group> {
     let mut members: Vec<Vec<&Matrix>> = Vec::new();
     for matrix in matrices {
         match members.iter_mut().find(|g| g[0].label == matrix.label && g[0].module == matrix.module) {

@@ -3,8 +3,11 @@
 //! [`run`] opens the sources, checks that they fit, chooses the matrices, computes their singular values (largest
 //! matrices first, spread over the threads) and judges the gates.
 
+pub mod cycles;
+mod factored;
 pub mod gates;
 pub mod groups;
+mod lowrank;
 pub mod measures;
 mod names;
 pub mod noise;
@@ -13,20 +16,23 @@ mod schedule;
 mod source;
 pub mod svd;
 
+pub use cycles::CycleSummary;
 pub use gates::{Gate, GateResult};
 pub use groups::Group;
 pub use measures::Measures;
 pub use source::{Labelled, Request};
 
 use crate::{
-    error::{Error, Result},
+    delta::LowRank,
+    error::{Error, Kind, Result},
     progress::Progress,
 };
 use gates::Candidate;
+use lowrank::Factors;
 use noise::UlpSums;
 use pair::{NonFinite, Pair};
 use serde::{Deserialize, Serialize};
-use source::{Job, Opened, Work};
+use source::{Job, Opened, Work, skipped};
 use std::path::PathBuf;
 
 /// What to measure and how.
@@ -67,6 +73,9 @@ pub struct Spectrum {
     pub gates: Vec<GateResult>,
     /// Tensors that were not measured, and why.
     pub skipped: Vec<Skipped>,
+    /// How the rank grows, one entry per cycle of each run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cycles: Vec<CycleSummary>,
 }
 
 /// One labelled source.
@@ -81,6 +90,9 @@ pub struct Source {
     pub base: Option<PathBuf>,
     /// The tuned checkpoint, the adapter or the run.
     pub path: PathBuf,
+    /// Number of finished cycles, for runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cycles: Option<u64>,
 }
 
 /// The measures of one update of one weight.
@@ -101,6 +113,12 @@ pub struct Matrix {
     /// Rank of the adapter, where there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub r: Option<usize>,
+    /// The cycle, for runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cycle: Option<u64>,
+    /// For runs: whether this is the sum of the cycles up to this one, or the cycle alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cumulative: Option<bool>,
     /// The metrics, flat.
     #[serde(flatten)]
     pub measures: Measures,
@@ -134,6 +152,8 @@ pub enum Reason {
     OneSideOnly,
     /// Its difference holds NaN or infinity.
     NonFinite,
+    /// An adapter stores it in full, not as factors.
+    NotLowRank,
 }
 
 impl Spectrum {
@@ -141,6 +161,16 @@ impl Spectrum {
     pub fn passed(&self) -> bool {
         self.gates.iter().all(|g| g.passed)
     }
+
+    /// The whole update of every weight: for runs, the sum of all cycles. Gates and groups look at these.
+    pub fn totals(&self) -> impl Iterator<Item = &Matrix> {
+        totals(&self.sources, &self.matrices)
+    }
+}
+
+fn totals<'a>(sources: &'a [Source], matrices: &'a [Matrix]) -> impl Iterator<Item = &'a Matrix> {
+    let last = |label: &str| sources.iter().find(|s| s.label == label).and_then(|s| s.cycles);
+    matrices.iter().filter(move |m| m.cycle.is_none() || m.cumulative == Some(true) && m.cycle == last(&m.label))
 }
 
 /// Measures every matrix of every source.
@@ -158,7 +188,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     let mut matrices = Vec::new();
     for result in results? {
         match result {
-            Measured::Matrix(matrix) => matrices.push(*matrix),
+            Measured::Matrices(found) => matrices.extend(found),
             Measured::Skipped(skip) => {
                 progress.warn(&format!("{} ('{}') is not measured: {}", skip.name, skip.label, skip.detail));
                 skipped.push(skip);
@@ -170,7 +200,9 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     }
     let sources: Vec<Source> = opened.iter().map(Opened::describe).collect();
     let gates = judge(&options.gates, &sources, &matrices)?;
-    Ok(Spectrum { schema: 1, groups: groups::groups(&matrices), sources, matrices, gates, skipped })
+    let groups = groups::groups(totals(&sources, &matrices));
+    let cycles = cycles::summarise(&matrices);
+    Ok(Spectrum { schema: 1, groups, sources, matrices, gates, skipped, cycles })
 }
 
 fn check_labels(options: &Options) -> Result<()> {
@@ -204,7 +236,7 @@ fn judge(gates: &[Gate], sources: &[Source], matrices: &[Matrix]) -> Result<Vec<
     let mut results = Vec::new();
     for gate in gates {
         for label in sources.iter().map(|s| s.label.as_str()) {
-            let of_label = matrices.iter().filter(|m| m.label == label);
+            let of_label = totals(sources, matrices).filter(|m| m.label == label);
             let candidates: Vec<Candidate> =
                 of_label.map(|m| Candidate { label, name: &m.name, r: m.r, measures: &m.measures }).collect();
             results.push(gate.judge(label, &candidates)?);
@@ -224,27 +256,67 @@ fn nothing_to_measure(options: &Options, skipped: &[Skipped]) -> Error {
 }
 
 enum Measured {
-    Matrix(Box<Matrix>),
+    Matrices(Vec<Matrix>),
     Skipped(Skipped),
 }
 
 fn measure(job: &Job, options: &Options) -> Result<Measured> {
-    let (sigma, noise_edge) = match &job.work {
+    match &job.work {
         Work::Pair { pair, roundings } => {
             let mut ulps = UlpSums::new(pair.shape.0, pair.shape.1);
             match dense(pair, &mut ulps)? {
-                Ok(sigma) => (sigma, ulps.noise_edge(*roundings)),
-                Err(found) if options.skip_nonfinite => return Ok(Measured::Skipped(job.skip(pair, found))),
-                Err(found) => {
-                    return Err(Error::request(format!("tensor '{}' {}", job.name, non_finite(pair, found)))
-                        .help("pass --skip-nonfinite to report it and go on"));
+                Ok(sigma) => {
+                    let edge = ulps.noise_edge(*roundings);
+                    Ok(Measured::Matrices(vec![matrix(job, options, None, sigma, edge)]))
                 }
+                Err(found) => non_finite(job, options, found.describe(pair)),
             }
         }
+        Work::Factors(factors) => match factors.read() {
+            Ok(deltas) => Ok(Measured::Matrices(measure_factors(job, options, factors, &deltas)?)),
+            Err(e) if e.kind == Kind::Request => non_finite(job, options, e.message),
+            Err(e) => Err(e),
+        },
+    }
+}
+
+fn measure_factors(job: &Job, options: &Options, factors: &Factors, deltas: &[LowRank<f64>]) -> Result<Vec<Matrix>> {
+    let values = factored::singular_values(deltas)?;
+    let Some(cycles) = &job.cycles else {
+        return Ok(values.into_iter().map(|v| matrix(job, options, None, v.own, 0.0)).collect());
     };
+    let ulps = factors.ulps()?;
+    let mut matrices = Vec::new();
+    for (count, (&cycle, v)) in (1..).zip(cycles.iter().zip(values)) {
+        matrices.push(matrix(job, options, Some((cycle, false)), v.own, ulps.noise_edge(1)));
+        matrices.push(matrix(job, options, Some((cycle, true)), v.cumulative, ulps.noise_edge(count)));
+    }
+    Ok(matrices)
+}
+
+fn matrix(job: &Job, options: &Options, cycle: Option<(u64, bool)>, sigma: Vec<f64>, noise_edge: f64) -> Matrix {
     let tolerance = options.rank_tolerance.unwrap_or_else(|| measures::default_tolerance(job.shape));
-    let measures = Measures::new(&sigma, job.shape, tolerance, noise_edge);
-    Ok(Measured::Matrix(Box::new(job.matrix(measures, options.sigma.then_some(sigma)))))
+    Matrix {
+        name: job.name.clone(),
+        label: job.label.clone(),
+        shape: [job.shape.0, job.shape.1],
+        dtype: format!("{:?}", job.dtype),
+        module: job.place.module.clone(),
+        layer: job.place.layer,
+        r: job.r,
+        cycle: cycle.map(|c| c.0),
+        cumulative: cycle.map(|c| c.1),
+        measures: Measures::new(&sigma, job.shape, tolerance, noise_edge),
+        sigma: options.sigma.then_some(sigma),
+    }
+}
+
+fn non_finite(job: &Job, options: &Options, what: String) -> Result<Measured> {
+    if options.skip_nonfinite {
+        return Ok(Measured::Skipped(skipped(&job.name, &job.label, Reason::NonFinite, what)));
+    }
+    Err(Error::request(format!("tensor '{}' of source '{}': {what}", job.name, job.label))
+        .help("pass --skip-nonfinite to report it and go on"))
 }
 
 /// Singular values of the difference, from the whole dense matrix.
@@ -255,16 +327,4 @@ fn dense(pair: &Pair, ulps: &mut UlpSums) -> Result<std::result::Result<Vec<f64>
         Some(found) => Ok(Err(found)),
         None => svd::singular_values(&mut delta, m, n).map(Ok),
     }
-}
-
-/// `has a delta that is not finite at [i, j]: base holds ..`
-fn non_finite(pair: &Pair, found: NonFinite) -> String {
-    let ((i, j), file) = (found.index, |t: crate::checkpoint::Tensor| t.file().path().display().to_string());
-    format!(
-        "has a delta that is not finite at [{i}, {j}]: '{}' holds {} and '{}' holds {}",
-        file(pair.base),
-        found.base,
-        file(pair.tuned),
-        found.tuned
-    )
 }

@@ -1,7 +1,14 @@
 //! The difference of two stored matrices, formed straight from the two memory maps, block by block.
 
-use super::noise::UlpSums;
-use crate::{checkpoint::Tensor, error::Result};
+use super::{
+    Options, Reason, Skipped, names,
+    noise::UlpSums,
+    source::{Filter, Job, Work, natural_key, skipped},
+};
+use crate::{
+    checkpoint::{Checkpoint, Tensor, dtype},
+    error::{Error, Result},
+};
 use std::ops::Range;
 
 /// `tuned - base`, exact for F32 and shorter types up to one f64 rounding.
@@ -24,6 +31,20 @@ pub struct NonFinite {
     pub base: f64,
     /// `Wn` there.
     pub tuned: f64,
+}
+
+impl NonFinite {
+    /// The finding as a clause, with the files.
+    pub fn describe(&self, pair: &Pair) -> String {
+        let ((i, j), file) = (self.index, |t: Tensor| t.file().path().display().to_string());
+        format!(
+            "the delta is not finite at [{i}, {j}]: '{}' holds {} and '{}' holds {}",
+            file(pair.base),
+            self.base,
+            file(pair.tuned),
+            self.tuned
+        )
+    }
 }
 
 impl Pair<'_> {
@@ -52,5 +73,94 @@ impl Pair<'_> {
             out.iter_mut().zip(&base).for_each(|(t, b)| *t -= b);
         }
         Ok(None)
+    }
+}
+
+/// Adds the matrices that both checkpoints hold to `jobs`, and every other tensor to `skip` or refuses it.
+pub fn plan<'a>(
+    label: &str,
+    base: &'a Checkpoint,
+    tuned: &'a Checkpoint,
+    filter: &Filter,
+    options: &Options,
+    jobs: &mut Vec<Job<'a>>,
+    skip: &mut Vec<Skipped>,
+) -> Result<()> {
+    check_common(label, base, tuned, filter, options.common_only, skip)?;
+    let mut pairs = Vec::new();
+    for before in base.tensors().filter(|t| filter.takes(t.name())) {
+        let Some(after) = tuned.get(before.name()) else { continue };
+        if before.shape() != after.shape() {
+            return Err(Error::request(format!(
+                "tensor '{}' has shape {:?} in '{}' but {:?} in '{}'",
+                before.name(),
+                before.shape(),
+                before.file().path().display(),
+                after.shape(),
+                after.file().path().display()
+            ))
+            .help("compare a checkpoint with the one it was trained from"));
+        }
+        match what_it_is_not(&before).or(what_it_is_not(&after)) {
+            Some((reason, detail)) => skip.push(skipped(before.name(), label, reason, detail)),
+            None => pairs.push(Pair { base: before, tuned: after, shape: before.matrix_shape()? }),
+        }
+    }
+    // In the order of the base's names, so that layers come in reading order whatever the shards.
+    pairs.sort_by_cached_key(|p| natural_key(p.tuned.name()));
+    let places = names::places(pairs.iter().map(|p| p.tuned.name()));
+    jobs.extend(pairs.iter().zip(places).map(|(&pair, place)| Job {
+        label: label.to_owned(),
+        name: pair.tuned.name().to_owned(),
+        place,
+        shape: pair.shape,
+        dtype: pair.tuned.dtype(),
+        r: options.rank,
+        cycles: None,
+        work: Work::Pair { pair, roundings: options.roundings.max(1) },
+    }));
+    Ok(())
+}
+
+/// Refuses tensors that only one side has, or notes them with `--common-only`.
+fn check_common(
+    label: &str,
+    base: &Checkpoint,
+    tuned: &Checkpoint,
+    filter: &Filter,
+    common_only: bool,
+    skip: &mut Vec<Skipped>,
+) -> Result<()> {
+    let mut lonely = Vec::new();
+    for (here, there) in [(base, tuned), (tuned, base)] {
+        for tensor in here.tensors().filter(|t| filter.takes(t.name()) && there.get(t.name()).is_none()) {
+            lonely.push((tensor.name(), here.path()));
+        }
+    }
+    if !common_only && let Some((first, side)) = lonely.first() {
+        let list: Vec<String> =
+            lonely.iter().take(10).map(|(name, side)| format!("\n  {name} (only in '{}')", side.display())).collect();
+        let more = if lonely.len() > 10 { format!("\n  and {} more", lonely.len() - 10) } else { String::new() };
+        return Err(Error::request(format!(
+            "source '{label}': {} tensors are on one side only, first '{first}' in '{}'{}{more}",
+            lonely.len(),
+            side.display(),
+            list.concat(),
+        ))
+        .help("pass --common-only to measure the others, or --filter to choose"));
+    }
+    for (name, side) in lonely {
+        skip.push(skipped(name, label, Reason::OneSideOnly, format!("only in '{}'", side.display())));
+    }
+    Ok(())
+}
+
+fn what_it_is_not(tensor: &Tensor) -> Option<(Reason, String)> {
+    if tensor.shape().len() != 2 {
+        Some((Reason::NotAMatrix, format!("its shape is {:?}", tensor.shape())))
+    } else if !dtype::is_float(tensor.dtype()) {
+        Some((Reason::NotFloatingPoint, format!("its type is {:?}", tensor.dtype())))
+    } else {
+        None
     }
 }

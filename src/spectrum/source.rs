@@ -1,11 +1,14 @@
 //! Sources of updates: opens them, checks that they fit, and lists the matrices to measure.
 
 use super::{
-    Matrix, Measures, Options, Reason, Skipped, Source, names,
-    pair::{NonFinite, Pair},
+    Options, Reason, Skipped, Source,
+    lowrank::{self, Factors, OpenedRun},
+    names,
+    pair::{self, Pair},
 };
 use crate::{
-    checkpoint::{Checkpoint, Dtype, Tensor, dtype},
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Dtype},
     error::{Error, Result},
 };
 use globset::{Glob, GlobSet, GlobSetBuilder};
@@ -48,6 +51,10 @@ pub enum Request {
         /// Wn.
         tuned: Labelled,
     },
+    /// `scaling * B @ A` of a PEFT adapter.
+    Adapter(Labelled),
+    /// Every cycle of a run, and their sums.
+    Run(Labelled),
 }
 
 impl Request {
@@ -55,13 +62,16 @@ impl Request {
     pub fn label(&self) -> &str {
         match self {
             Request::Checkpoints { tuned, .. } => &tuned.label,
+            Request::Adapter(source) | Request::Run(source) => &source.label,
         }
     }
 }
 
 /// A source whose files are mapped.
 pub(super) enum Opened {
-    Checkpoints { request: Request, base: Checkpoint, tuned: Checkpoint },
+    Checkpoints { label: String, base: Checkpoint, tuned: Checkpoint },
+    Adapter { label: String, adapter: Box<Adapter> },
+    Run { label: String, run: Box<OpenedRun> },
 }
 
 /// One matrix to measure.
@@ -72,12 +82,17 @@ pub(super) struct Job<'a> {
     pub shape: (usize, usize),
     pub dtype: Dtype,
     pub r: Option<usize>,
+    /// The cycles it covers; `None` where there are no cycles.
+    pub cycles: Option<Vec<u64>>,
     pub work: Work<'a>,
 }
 
 /// How the singular values are found.
 pub(super) enum Work<'a> {
+    /// Dense difference of two stored matrices.
     Pair { pair: Pair<'a>, roundings: u64 },
+    /// Factors of one delta per cycle, or of an adapter.
+    Factors(Factors<'a>),
 }
 
 impl Job<'_> {
@@ -86,49 +101,37 @@ impl Job<'_> {
         let (short, long) = (self.shape.0.min(self.shape.1) as f64, self.shape.0.max(self.shape.1) as f64);
         short * short * (short + long)
     }
-
-    pub fn matrix(&self, measures: Measures, sigma: Option<Vec<f64>>) -> Matrix {
-        Matrix {
-            name: self.name.clone(),
-            label: self.label.clone(),
-            shape: [self.shape.0, self.shape.1],
-            dtype: format!("{:?}", self.dtype),
-            module: self.place.module.clone(),
-            layer: self.place.layer,
-            r: self.r,
-            measures,
-            sigma,
-        }
-    }
-
-    pub fn skip(&self, pair: &Pair, found: NonFinite) -> Skipped {
-        skipped(&self.name, &self.label, Reason::NonFinite, super::non_finite(pair, found))
-    }
 }
 
-fn skipped(name: &str, label: &str, reason: Reason, detail: String) -> Skipped {
+pub(super) fn skipped(name: &str, label: &str, reason: Reason, detail: String) -> Skipped {
     Skipped { name: name.to_owned(), label: label.to_owned(), reason, detail }
 }
 
 impl Opened {
     pub fn open(request: &Request) -> Result<Opened> {
-        match request {
-            Request::Checkpoints { base, tuned } => Ok(Opened::Checkpoints {
-                request: request.clone(),
-                base: Checkpoint::open(base)?,
-                tuned: Checkpoint::open(&tuned.path)?,
-            }),
-        }
+        let label = request.label().to_owned();
+        Ok(match request {
+            Request::Checkpoints { base, tuned } => {
+                Opened::Checkpoints { label, base: Checkpoint::open(base)?, tuned: Checkpoint::open(&tuned.path)? }
+            }
+            Request::Adapter(source) => Opened::Adapter { label, adapter: Box::new(Adapter::open(&source.path)?) },
+            Request::Run(source) => Opened::Run { label, run: Box::new(OpenedRun::open(&source.path)?) },
+        })
     }
 
     pub fn describe(&self) -> Source {
-        match self {
-            Opened::Checkpoints { request, base, tuned } => Source {
-                label: request.label().to_owned(),
-                kind: "checkpoints".into(),
-                base: Some(base.path().to_owned()),
-                path: tuned.path().to_owned(),
-            },
+        let (label, kind, base, path) = match self {
+            Opened::Checkpoints { label, base, tuned } => (label, "checkpoints", Some(base.path()), tuned.path()),
+            Opened::Adapter { label, adapter } => (label, "adapter", None, adapter.path()),
+            Opened::Run { label, run } => (label, "run", None, run.path()),
+        };
+        let cycles = if let Opened::Run { run, .. } = self { Some(run.cycles()) } else { None };
+        Source {
+            label: label.clone(),
+            kind: kind.into(),
+            base: base.map(Path::to_owned),
+            path: path.to_owned(),
+            cycles,
         }
     }
 
@@ -136,97 +139,12 @@ impl Opened {
     pub fn plan<'a>(&'a self, options: &Options, jobs: &mut Vec<Job<'a>>, skipped: &mut Vec<Skipped>) -> Result<()> {
         let filter = Filter::new(&options.filter)?;
         match self {
-            Opened::Checkpoints { request, base, tuned } => {
-                plan_pairs(request.label(), base, tuned, &filter, options, jobs, skipped)
+            Opened::Checkpoints { label, base, tuned } => {
+                pair::plan(label, base, tuned, &filter, options, jobs, skipped)
             }
+            Opened::Adapter { label, adapter } => lowrank::plan_adapter(label, adapter, &filter, jobs, skipped),
+            Opened::Run { label, run } => run.plan(label, &filter, jobs, skipped),
         }
-    }
-}
-
-fn plan_pairs<'a>(
-    label: &str,
-    base: &'a Checkpoint,
-    tuned: &'a Checkpoint,
-    filter: &Filter,
-    options: &Options,
-    jobs: &mut Vec<Job<'a>>,
-    skip: &mut Vec<Skipped>,
-) -> Result<()> {
-    check_common(label, base, tuned, filter, options.common_only, skip)?;
-    let mut pairs = Vec::new();
-    for before in base.tensors().filter(|t| filter.takes(t.name())) {
-        let Some(after) = tuned.get(before.name()) else { continue };
-        if before.shape() != after.shape() {
-            return Err(Error::request(format!(
-                "tensor '{}' has shape {:?} in '{}' but {:?} in '{}'",
-                before.name(),
-                before.shape(),
-                before.file().path().display(),
-                after.shape(),
-                after.file().path().display()
-            ))
-            .help("compare a checkpoint with the one it was trained from"));
-        }
-        match what_it_is_not(&before).or(what_it_is_not(&after)) {
-            Some((reason, detail)) => skip.push(skipped(before.name(), label, reason, detail)),
-            None => pairs.push(Pair { base: before, tuned: after, shape: before.matrix_shape()? }),
-        }
-    }
-    // In the order of the base's names, so that layers come in reading order whatever the shards.
-    pairs.sort_by_cached_key(|p| natural_key(p.tuned.name()));
-    let places = names::places(pairs.iter().map(|p| p.tuned.name()));
-    jobs.extend(pairs.iter().zip(places).map(|(&pair, place)| Job {
-        label: label.to_owned(),
-        name: pair.tuned.name().to_owned(),
-        place,
-        shape: pair.shape,
-        dtype: pair.tuned.dtype(),
-        r: options.rank,
-        work: Work::Pair { pair, roundings: options.roundings.max(1) },
-    }));
-    Ok(())
-}
-
-/// Refuses tensors that only one side has, or notes them with `--common-only`.
-fn check_common(
-    label: &str,
-    base: &Checkpoint,
-    tuned: &Checkpoint,
-    filter: &Filter,
-    common_only: bool,
-    skip: &mut Vec<Skipped>,
-) -> Result<()> {
-    let mut lonely = Vec::new();
-    for (here, there) in [(base, tuned), (tuned, base)] {
-        for tensor in here.tensors().filter(|t| filter.takes(t.name()) && there.get(t.name()).is_none()) {
-            lonely.push((tensor.name(), here.path()));
-        }
-    }
-    if !common_only && let Some((first, side)) = lonely.first() {
-        let list: Vec<String> =
-            lonely.iter().take(10).map(|(name, side)| format!("\n  {name} (only in '{}')", side.display())).collect();
-        let more = if lonely.len() > 10 { format!("\n  and {} more", lonely.len() - 10) } else { String::new() };
-        return Err(Error::request(format!(
-            "source '{label}': {} tensors are on one side only, first '{first}' in '{}'{}{more}",
-            lonely.len(),
-            side.display(),
-            list.concat(),
-        ))
-        .help("pass --common-only to measure the others, or --filter to choose"));
-    }
-    for (name, side) in lonely {
-        skip.push(skipped(name, label, Reason::OneSideOnly, format!("only in '{}'", side.display())));
-    }
-    Ok(())
-}
-
-fn what_it_is_not(tensor: &Tensor) -> Option<(Reason, String)> {
-    if tensor.shape().len() != 2 {
-        Some((Reason::NotAMatrix, format!("its shape is {:?}", tensor.shape())))
-    } else if !dtype::is_float(tensor.dtype()) {
-        Some((Reason::NotFloatingPoint, format!("its type is {:?}", tensor.dtype())))
-    } else {
-        None
     }
 }
 
