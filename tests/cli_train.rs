@@ -175,6 +175,25 @@ fn full_and_lora_runs_work_without_cycles_of_their_own() {
 }
 
 #[test]
+fn a_run_started_with_relative_paths_resumes_from_another_folder() {
+    let workshop = Workshop::new();
+    let mut command = common::relora_kit();
+    command.current_dir(workshop.0.path()).args(["train", "--config", "run.toml", "-o", "run"]);
+    command.args(["--set", "train.num_training_steps=20", "--set", "train.save_every=5"]);
+    assert!(command.output().unwrap().status.success());
+    // Back to the checkpoint before the last, as if the process had died after it.
+    let manifest = workshop.path("run/manifest.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    json["finished"] = false.into();
+    json["checkpoint"]["step"] = 15.into();
+    json["checkpoint"]["folder"] = "checkpoints/step-15".into();
+    fs::write(&manifest, json.to_string()).unwrap();
+    let (code, _, stderr) = run(["train", "--resume", &workshop.path("run")]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("after update 15"), "{stderr}");
+}
+
+#[test]
 fn a_run_directory_that_exists_is_not_touched() {
     let workshop = Workshop::new();
     fs::create_dir(workshop.path("run")).unwrap();

@@ -253,8 +253,9 @@ impl Config {
         let mut table: toml::Table = toml::from_str(&text).map_err(|e| {
             Error::request(format!("'{}' is not valid TOML: {}", path.display(), one_line(&e.to_string())))
         })?;
-        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
-        resolve_paths(&mut table, &folder);
+        // Absolute, so that the copy of the configuration inside the run means the same files.
+        let absolute = std::path::absolute(path).map_err(|e| Error::io("find", path, e))?;
+        resolve_paths(&mut table, absolute.parent().unwrap_or(Path::new("/")));
         for assignment in set {
             apply(&mut table, assignment)?;
         }
