@@ -181,16 +181,43 @@ fn a_run_started_with_relative_paths_resumes_from_another_folder() {
     command.current_dir(workshop.0.path()).args(["train", "--config", "run.toml", "-o", "run"]);
     command.args(["--set", "train.num_training_steps=20", "--set", "train.save_every=5"]);
     assert!(command.output().unwrap().status.success());
-    // Back to the checkpoint before the last, as if the process had died after it.
-    let manifest = workshop.path("run/manifest.json");
-    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
-    json["finished"] = false.into();
-    json["checkpoint"]["step"] = 15.into();
-    json["checkpoint"]["folder"] = "checkpoints/step-15".into();
-    fs::write(&manifest, json.to_string()).unwrap();
+    refused(["train", "--resume", &workshop.path("run")], 2, &["is finished"]);
+    unfinish(&workshop);
+    fs::remove_dir_all(workshop.path("run/checkpoints/step-20")).unwrap();
     let (code, _, stderr) = run(["train", "--resume", &workshop.path("run")]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stderr.contains("after update 15"), "{stderr}");
+}
+
+/// As if the process had died before it was done.
+fn unfinish(workshop: &Workshop) {
+    let manifest = workshop.path("run/manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"finished\": true", "\"finished\": false")).unwrap();
+}
+
+#[test]
+fn a_damaged_checkpoint_is_noticed_and_the_one_before_it_used() {
+    let workshop = Workshop::new();
+    let (code, _, stderr) = workshop.train("run", &["train.num_training_steps=20", "train.save_every=5"]);
+    assert_eq!(code, 0, "{stderr}");
+    let whole = losses(Path::new(&workshop.path("run")));
+    unfinish(&workshop);
+    fs::remove_dir_all(workshop.path("run/checkpoints/step-20")).unwrap();
+    let damaged = workshop.path("run/checkpoints/step-15/training_state/state.safetensors");
+    let mut bytes = fs::read(&damaged).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&damaged, bytes).unwrap();
+    refused(["train", "--resume", &workshop.path("run")], 2, &["is damaged", "none of the 1 checkpoints"]);
+    let (code, _, stderr) =
+        workshop.train("other", &["train.num_training_steps=20", "train.save_every=5", "train.keep_checkpoints=0"]);
+    assert_eq!(code, 0, "{stderr}");
+    fs::rename(workshop.path("other/checkpoints/step-10"), workshop.path("run/checkpoints/step-10")).unwrap();
+    let (code, _, stderr) = run(["train", "--resume", &workshop.path("run")]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("is damaged") && stderr.contains("after update 10"), "{stderr}");
+    assert_eq!(losses(Path::new(&workshop.path("run"))), whole);
 }
 
 #[test]

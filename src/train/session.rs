@@ -116,10 +116,9 @@ impl<D: Device> Session<D> {
             .help("restore the token shard; a run cannot change its data"));
         }
         let shard = TokenShard::open(&config.data.train)?;
-        let trainer = match &manifest.checkpoint {
+        let trainer = match newest_sound_checkpoint(&dir, progress)? {
             None => Trainer::new(config.clone(), initial_model(device, &config)?, shard)?,
-            Some(record) => {
-                let folder = dir.0.join(&record.folder);
+            Some(folder) => {
                 let model = Model::load(device, &Checkpoint::open(&folder)?)?;
                 let mut trainer = Trainer::new(config.clone(), model, shard)?;
                 state::restore(&mut trainer, &folder)?;
@@ -274,8 +273,9 @@ impl<D: Device> Session<D> {
         let path = self.dir.0.join(&folder);
         let staged = StagedDir::create(&path, true)?;
         state::save_checkpoint(&self.trainer, staged.path())?;
+        let files = state::seal(staged.path())?;
         staged.commit()?;
-        self.manifest.checkpoint = Some(CheckpointRecord { step, folder, files: sha256_folder(&path)? });
+        self.manifest.checkpoint = Some(CheckpointRecord { step, folder, files });
         self.manifest.finished = self.trainer.is_finished();
         self.write_manifest()?;
         self.progress.detail(&format!("saved '{}'", path.display()));
@@ -288,14 +288,8 @@ impl<D: Device> Session<D> {
         if keep == 0 {
             return Ok(());
         }
-        let folder = self.dir.0.join("checkpoints");
-        let mut steps: Vec<u64> = fs::read_dir(&folder)
-            .map_err(|e| Error::io("read", &folder, e))?
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
-            .filter(|&step| step <= self.trainer.step)
-            .collect();
-        steps.sort_unstable_by(|a, b| b.cmp(a));
-        for step in steps.into_iter().skip(keep) {
+        let steps = checkpoint_steps(&self.dir)?;
+        for step in steps.into_iter().filter(|&s| s <= self.trainer.step).skip(keep) {
             let old = self.dir.0.join(RunDir::checkpoint_folder(step));
             fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
         }
@@ -353,6 +347,40 @@ impl<D: Device> Session<D> {
 
     fn write_manifest(&self) -> Result<()> {
         write_manifest(&self.dir.manifest_path(), &self.manifest)
+    }
+}
+
+/// Updates after which checkpoints were saved, newest first.
+fn checkpoint_steps(dir: &RunDir) -> Result<Vec<u64>> {
+    let folder = dir.0.join("checkpoints");
+    let entries = match fs::read_dir(&folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|e| Error::io("read", &folder, e))?,
+    };
+    let step = |name: &str| name.strip_prefix("step-")?.parse().ok();
+    let mut steps: Vec<u64> = entries.filter_map(|entry| step(entry.ok()?.file_name().to_str()?)).collect();
+    steps.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(steps)
+}
+
+/// The newest checkpoint whose files have the hashes they were written with; `None` if none was ever saved.
+fn newest_sound_checkpoint(dir: &RunDir, progress: &Progress) -> Result<Option<PathBuf>> {
+    let steps = checkpoint_steps(dir)?;
+    for step in &steps {
+        let folder = dir.0.join(RunDir::checkpoint_folder(*step));
+        match state::check_seal(&folder) {
+            Ok(()) => return Ok(Some(folder)),
+            Err(e) => progress.warn(&format!("{e}; trying the checkpoint before it")),
+        }
+    }
+    match steps.is_empty() {
+        true => Ok(None),
+        false => Err(Error::request(format!(
+            "none of the {} checkpoints of run '{}' is sound",
+            steps.len(),
+            dir.0.display()
+        ))
+        .help("restore one from a backup, or remove run/checkpoints to begin the run again")),
     }
 }
 

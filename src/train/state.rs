@@ -5,6 +5,7 @@
 //! step-N/training_state/state.json          counters
 //! step-N/training_state/state.safetensors   exp_avg.NAME and exp_avg_sq.NAME; inside a cycle also param.NAME of the
 //!                                           frozen weights, A and B (the merged model has lost them)
+//! step-N/training_state/sha256.json         hashes of all the above
 //! ```
 
 use super::{optim::Moments, trainer::Trainer};
@@ -14,6 +15,7 @@ use crate::{
     error::{Error, Result},
     model::{Model, ParamKind},
     ops::Device,
+    run::{sha256_file, sha256_folder},
 };
 use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
 use serde::{Deserialize, Serialize};
@@ -22,6 +24,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 const STATE_FOLDER: &str = "training_state";
 const COUNTERS: &str = "state.json";
 const TENSORS: &str = "state.safetensors";
+const HASHES: &str = "sha256.json";
 
 /// `training_state/state.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -134,6 +137,34 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
         writer.write_f32(name, Dtype::F32, &model.device().read(buffer))?;
     }
     writer.finish()
+}
+
+/// Notes the hash of every file of the checkpoint in `folder` inside it; call it last.
+pub fn seal(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut files = sha256_folder(folder)?;
+    let path = folder.join(STATE_FOLDER).join(HASHES);
+    write_json(&path, &serde_json::json!(files))?;
+    files.insert(format!("{STATE_FOLDER}/{HASHES}"), sha256_file(&path)?);
+    Ok(files)
+}
+
+/// Checks the checkpoint in `folder` against the hashes inside it.
+pub fn check_seal(folder: &Path) -> Result<()> {
+    let path = folder.join(STATE_FOLDER).join(HASHES);
+    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let expected: BTreeMap<String, String> = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::request(format!("'{}' is not a list of hashes: {e}", path.display())))?;
+    for (name, expected) in expected {
+        let file = folder.join(&name);
+        let found = sha256_file(&file)?;
+        if found != expected {
+            return Err(Error::request(format!(
+                "'{}' is damaged: its sha256 is {found}, {expected} when it was written",
+                file.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Restores a fresh trainer, whose model was loaded from the checkpoint in `folder`, to the moment of saving.
