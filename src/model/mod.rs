@@ -121,8 +121,11 @@ mod tests {
         LoraSpec { r, lora_alpha: 6.0, scaling: 6.0 / r as f64, dropout: 0.0 }
     }
 
-    /// Writes a Hugging Face folder; `change` may drop or alter what is stored.
-    fn folder(model: &Model<Cpu>, change: impl Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool) -> TempDir {
+    /// Alters the name's shape or values; whether the tensor is stored at all.
+    type Change<'a> = &'a dyn Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool;
+
+    /// Writes a Hugging Face folder.
+    fn folder(model: &Model<Cpu>, change: Change) -> TempDir {
         let folder = TempDir::new().unwrap();
         let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
         for param in model.params() {
@@ -147,7 +150,7 @@ mod tests {
     fn a_saved_model_loads_as_the_same_model() {
         for tied in [false, true] {
             let mut model = Model::init(Cpu, tiny(tied), 3).unwrap();
-            let folder = folder(&model, |_, _, _| true);
+            let folder = folder(&model, &|_, _, _| true);
             let mut back = load(folder.path()).unwrap();
             assert_eq!(back.config(), model.config());
             assert_eq!(back.loss(&TOKENS, 3, 5).unwrap(), model.loss(&TOKENS, 3, 5).unwrap());
@@ -158,7 +161,7 @@ mod tests {
     fn weights_that_do_not_fit_are_refused_by_name() {
         let model = Model::init(Cpu, tiny(false), 3).unwrap();
         let up = "model.layers.1.mlp.up_proj.weight";
-        let refused = |change: &dyn Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool| {
+        let refused = |change: Change| {
             let folder = folder(&model, change);
             load(folder.path()).err().expect("must be refused").message
         };
@@ -179,7 +182,7 @@ mod tests {
         });
         assert!(nan.contains(up) && nan.contains("NaN at element 17"), "{nan}");
 
-        let folder = folder(&model, |_, _, _| true);
+        let folder = folder(&model, &|_, _, _| true);
         let mut fewer_layers = model.config().to_json();
         fewer_layers["num_hidden_layers"] = json!(1);
         fs::write(folder.path().join("config.json"), fewer_layers.to_string()).unwrap();
