@@ -130,16 +130,20 @@ fn a_run_that_is_killed_anywhere_resumes_to_the_same_bits() {
         } else {
             command.args(["train", "--config", &workshop.path("run.toml"), "-o"]).arg(&killed);
         }
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let log = fs::File::create(workshop.path("log")).unwrap();
+        let mut child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
         // Later attempts get longer, so that the run ends.
         std::thread::sleep(Duration::from_millis(20 + 13 * attempt));
         if let Some(status) = child.try_wait().unwrap() {
-            assert!(status.success());
+            assert!(status.success(), "{}", fs::read_to_string(workshop.path("log")).unwrap());
             break;
         }
         child.kill().unwrap();
         child.wait().unwrap();
         kills += 1;
+        if fs::read_to_string(killed.join("manifest.json")).is_ok_and(|text| text.contains("\"finished\": true")) {
+            break;
+        }
     }
     assert!(kills > 0, "the run was never killed");
     assert_eq!(losses(&killed), losses(&whole));
@@ -183,10 +187,15 @@ fn a_run_started_with_relative_paths_resumes_from_another_folder() {
     assert!(command.output().unwrap().status.success());
     refused(["train", "--resume", &workshop.path("run")], 2, &["is finished"]);
     unfinish(&workshop);
+    let model = fs::read(workshop.path("run/checkpoints/step-20/model.safetensors")).unwrap();
+    let (code, _, stderr) = run(["train", "--resume", &workshop.path("run")]);
+    assert_eq!(code, 0, "died between the final checkpoint and the manifest: {stderr}");
+    unfinish(&workshop);
     fs::remove_dir_all(workshop.path("run/checkpoints/step-20")).unwrap();
     let (code, _, stderr) = run(["train", "--resume", &workshop.path("run")]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stderr.contains("after update 15"), "{stderr}");
+    assert!(fs::read(workshop.path("run/checkpoints/step-20/model.safetensors")).unwrap() == model);
 }
 
 /// As if the process had died before it was done.

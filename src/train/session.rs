@@ -321,7 +321,8 @@ impl<D: Device> Session<D> {
     /// Merges the last cycle, evaluates, writes the final checkpoint.
     fn finish(mut self) -> Result<Summary> {
         let cycles = self.trainer.cycle;
-        if cycles > 0 {
+        // Without factors, this is a resumed run whose final checkpoint was written before it died.
+        if self.trainer.model.lora().is_some() {
             self.save_cycle()?;
             self.trainer.finish_cycles();
         }
