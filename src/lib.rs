@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod delta;
 pub mod run;
 pub mod spectrum;
+pub mod verify;
 
 pub mod model;
 pub mod ops;

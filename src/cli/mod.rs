@@ -5,6 +5,7 @@ mod eval;
 mod spectrum;
 mod tokenize;
 mod train;
+mod verify;
 
 use crate::{error::Error, interrupt, progress::Progress, report::Format};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -72,6 +73,7 @@ pub struct Output {
 #[derive(Subcommand)]
 enum Command {
     Spectrum(Box<spectrum::Args>),
+    Verify(verify::Args),
     Train(train::Args),
     Tokenize(tokenize::Args),
     Eval(eval::Args),
@@ -126,6 +128,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     let _ = (&progress, global.color == When::Never);
     match cli.command {
         Command::Spectrum(args) => args.run(&progress),
+        Command::Verify(args) => args.run(&progress),
         Command::Train(args) => args.run(&progress),
         Command::Tokenize(args) => args.run(&progress),
         Command::Eval(args) => args.run(&progress),

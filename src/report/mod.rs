@@ -4,6 +4,7 @@ pub mod spectrum;
 pub mod table;
 mod train;
 pub mod units;
+pub mod verify;
 
 use crate::{
     error::{Error, Result},

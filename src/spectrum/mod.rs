@@ -4,7 +4,7 @@
 //! matrices first, spread over the threads) and judges the gates.
 
 pub mod cycles;
-mod factored;
+pub mod factored;
 pub mod gates;
 pub mod groups;
 mod lowrank;
@@ -12,7 +12,7 @@ pub mod measures;
 mod names;
 pub mod noise;
 mod pair;
-mod schedule;
+pub mod schedule;
 mod source;
 pub mod svd;
 

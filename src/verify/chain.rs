@@ -1,0 +1,137 @@
+//! The story the manifest tells: cycles follow each other without a gap, and each is what it claims.
+
+use super::{Findings, Mismatch};
+use crate::{
+    adapter::Adapter,
+    delta::LowRank,
+    error::Result,
+    progress::Progress,
+    run::{CycleRecord, Manifest, RunDir},
+    spectrum::{factored, schedule},
+};
+use serde_json::Value;
+
+/// Numbers, folders and steps of the cycles, and the updates of `metrics.jsonl`.
+pub(super) fn check(dir: &RunDir, manifest: &Manifest) -> Result<Findings> {
+    let mut findings = Findings::default();
+    let base_step = manifest.base.as_ref().map(|b| b.step);
+    if manifest.cycles.is_empty() {
+        findings.notes.push("no cycle is finished: there is no update to recompute".into());
+    } else {
+        findings.expect(base_step.is_some(), "base", || "the manifest lists cycles but no base they start from".into());
+    }
+    let mut expected = base_step.unwrap_or(0);
+    for (number, record) in (1..).zip(&manifest.cycles) {
+        let what = format!("cycle {}", record.cycle);
+        findings.expect(record.cycle == number, &*what, || format!("expected cycle {number} at this place"));
+        let folder = RunDir::cycle_folder(record.cycle);
+        findings.expect(record.folder == folder, &*what, || {
+            format!("its folder is '{}', expected '{}'", record.folder.display(), folder.display())
+        });
+        findings.expect(record.first_step == expected, &*what, || {
+            format!("it starts after step {}, the one before it ends at {expected}", record.first_step)
+        });
+        findings.expect(record.first_step < record.last_step, &*what, || {
+            format!("it ends at step {}, not after its start at {}", record.last_step, record.first_step)
+        });
+        expected = record.last_step;
+    }
+    if let Some(checkpoint) = &manifest.checkpoint {
+        findings.expect(
+            !manifest.finished || manifest.cycles.is_empty() || checkpoint.step == expected,
+            "checkpoint",
+            || format!("the final checkpoint is of step {}, the last cycle ends at {expected}", checkpoint.step),
+        );
+    } else {
+        findings.expect(!manifest.finished, "checkpoint", || "the run is finished but lists no checkpoint".into());
+    }
+    findings.detail = format!("{} cycles, last step {expected}", manifest.cycles.len());
+    check_metrics(dir, manifest, &mut findings);
+    Ok(findings)
+}
+
+/// Updates are numbered 1, 2, 3, ... and belong to the cycles the manifest says.
+fn check_metrics(dir: &RunDir, manifest: &Manifest, findings: &mut Findings) {
+    let Ok(text) = std::fs::read_to_string(dir.metrics_path()) else {
+        findings.notes.push("metrics.jsonl is not here and was not checked".into());
+        return;
+    };
+    let mut step = 0;
+    for (line, text) in (1..).zip(text.lines()) {
+        let Ok(row) = serde_json::from_str::<Value>(text) else {
+            findings.mismatches.push(Mismatch::new(format!("metrics.jsonl line {line}"), "it is not JSON"));
+            return;
+        };
+        if row.get("eval_loss").is_some() {
+            continue;
+        }
+        step += 1;
+        let what = format!("metrics.jsonl line {line}");
+        if row["step"].as_u64() != Some(step) {
+            let detail = format!("expected update {step}, found {}", row["step"]);
+            findings.mismatches.push(Mismatch::new(what, detail));
+            return;
+        }
+        let covers = |c: &&CycleRecord| c.first_step < step && step <= c.last_step;
+        let claimed = manifest.cycles.iter().find(covers).map(|c| c.cycle);
+        if let (Some(cycle), Some(found)) = (claimed, row["cycle"].as_u64())
+            && cycle != found
+        {
+            let detail = format!("update {step} is of cycle {found}, the manifest says {cycle}");
+            findings.mismatches.push(Mismatch::new(what, detail));
+            return;
+        }
+    }
+    let claimed = manifest.checkpoint.as_ref().map_or(0, |c| c.step);
+    findings.expect(step >= claimed, "metrics.jsonl", || {
+        format!("it ends at update {step}, the checkpoint is of step {claimed}")
+    });
+}
+
+/// Each adapter has the rank and the scale of its record, in its configuration and in its factors. A product `B @ A`
+/// of rank r has r singular values above f64 rounding; more than r it cannot have.
+pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &Progress) -> Result<Findings> {
+    let mut findings = Findings::default();
+    let mut factors = Vec::new();
+    for (record, adapter) in manifest.cycles.iter().zip(cycles) {
+        for module in adapter.modules() {
+            let module = module?;
+            let what = format!("cycle {}, '{}'", record.cycle, module.name);
+            findings.expect(module.r == record.r, &*what, || {
+                format!("its rank is {}, the manifest says {}", module.r, record.r)
+            });
+            findings.expect((module.scaling - record.scaling).abs() <= 1e-12 * record.scaling.abs(), &*what, || {
+                format!("its scale is {}, the manifest says {}", module.scaling, record.scaling)
+            });
+            factors.push((what, record.r, module, adapter.config().fan_in_fan_out));
+        }
+    }
+    let count = factors.len();
+    if !findings.mismatches.is_empty() {
+        findings.detail = format!("{count} deltas");
+        return Ok(findings);
+    }
+    let bar = progress.count("ranks", count as u64);
+    let cost = |job: &(String, usize, crate::adapter::Module, bool)| (job.2.a.elements() + job.2.b.elements()) as f64;
+    let ranks = schedule::run(
+        &factors,
+        cost,
+        |(_, _, module, fan_in_fan_out)| {
+            let delta = LowRank::read_f64(module, *fan_in_fan_out)?;
+            let (m, n) = delta.shape();
+            let sigma = factored::singular_values(&[delta])?.pop().map(|v| v.own).unwrap_or_default();
+            let s1 = sigma.first().copied().unwrap_or(0.0);
+            let rounding = m.max(n) as f64 * f64::EPSILON * s1;
+            Ok((sigma.iter().filter(|&&s| s > rounding).count(), m.min(n)))
+        },
+        |_| bar.inc(1),
+    );
+    bar.finish_and_clear();
+    for ((what, r, ..), (rank, full)) in factors.iter().zip(ranks?) {
+        let claimed = (*r).min(full);
+        findings
+            .expect(rank == claimed, &**what, || format!("its delta has rank {rank}, the manifest claims {claimed}"));
+    }
+    findings.detail = format!("{count} deltas");
+    Ok(findings)
+}
