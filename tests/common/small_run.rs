@@ -1,4 +1,4 @@
-//! A ReLoRA run that takes a second: the licence text, two narrow blocks, cycles of ten updates.
+//! The run of `examples/tiny.toml` on the licence text: it takes a second.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,8 @@ impl SmallRun {
     /// Ten updates of warm start, then `cycles` of ten.
     pub fn new(cycles: u64) -> SmallRun {
         let small = SmallRun(tempfile::tempdir().unwrap());
-        let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let text = root.join("LICENSE");
         let (code, _, stderr) = super::run([
             "tokenize".as_ref(),
             text.as_os_str(),
@@ -17,37 +18,10 @@ impl SmallRun {
             small.path("tokens.safetensors").as_os_str(),
         ]);
         assert_eq!(code, 0, "{stderr}");
-        let config = format!(
-            r#"
-            [model]
-            preset = "llama_9m"
-            [model.overrides]
-            vocab_size = 257
-            hidden_size = 32
-            intermediate_size = 48
-            num_hidden_layers = 2
-            max_position_embeddings = 32
-            [data]
-            train = "tokens.safetensors"
-            max_length = 32
-            [train]
-            mode = "relora"
-            seed = 3
-            batch_size = 4
-            num_training_steps = {}
-            lr = 1e-2
-            scheduler = "cosine_restarts"
-            warmup_steps = 2
-            restart_warmup_steps = 2
-            [warm_start]
-            num_training_steps = 10
-            [relora]
-            lora_r = 2
-            lora_alpha = 4
-            relora = 10
-            "#,
-            10 + 10 * cycles
-        );
+        let config = std::fs::read_to_string(root.join("examples/tiny.toml")).unwrap();
+        let three_cycles = "num_training_steps = 40";
+        assert!(config.contains(three_cycles));
+        let config = config.replace(three_cycles, &format!("num_training_steps = {}", 10 + 10 * cycles));
         std::fs::write(small.path("run.toml"), config).unwrap();
         small
     }
