@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     progress::Progress,
     report::{self, Format, spectrum::SpectrumReport},
-    spectrum::{self, Gate, Labelled, Options, Request},
+    spectrum::{self, Gate, Labelled, Method, Options, Request},
     staged,
 };
 use std::path::PathBuf;
@@ -60,6 +60,9 @@ pub struct Args {
     /// How often the weights were rounded between base and tuned: the stored merges
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Measures")]
     roundings: u64,
+    /// Compute every spectrum by LAPACK's SVD instead of the Gram matrix: slower, and accurate below 1e-6 * s1, too
+    #[arg(long, help_heading = "Measures")]
+    dense: bool,
     /// Put all singular values into the JSON
     #[arg(long, help_heading = "Output")]
     sigma: bool,
@@ -91,6 +94,7 @@ impl Args {
             skip_nonfinite: self.skip_nonfinite,
             common_only: self.common_only,
             sigma: self.sigma,
+            method: if self.dense { Method::Dense } else { Method::Auto },
         })
     }
 

@@ -27,6 +27,11 @@ impl Factors<'_> {
         self.stages.iter().map(|(module, fan_in_fan_out)| LowRank::read_f64(module, *fan_in_fan_out)).collect()
     }
 
+    /// Sum of the ranks of all cycles.
+    pub fn total_rank(&self) -> usize {
+        self.stages.iter().map(|(module, _)| module.r).sum()
+    }
+
     /// Units in the last place of the weight the deltas are merged into.
     pub fn ulps(&self) -> Result<UlpSums> {
         let Some(weight) = self.weight else { return Ok(UlpSums::new(0, 0)) };

@@ -35,6 +35,9 @@ pub struct Measures {
     pub below_0_1: usize,
 }
 
+/// The size that `below_0_1` counts below.
+pub const BELOW: f64 = 0.1;
+
 /// `max(m, n) * eps(f32)`: the numerical tolerance relative to `s1`.
 pub fn default_tolerance(shape: (usize, usize)) -> f64 {
     shape.0.max(shape.1) as f64 * f64::from(f32::EPSILON)
@@ -61,7 +64,7 @@ impl Measures {
             energy_rank_90: 0,
             energy_rank_99: 0,
             condition_number: None,
-            below_0_1: sigma.iter().filter(|&&s| s < 0.1).count(),
+            below_0_1: sigma.iter().filter(|&&s| s < BELOW).count(),
         };
         if s1 > 0.0 {
             measures.add_ratios(sigma, shape);

@@ -6,7 +6,9 @@
 pub mod cycles;
 pub mod factored;
 pub mod gates;
+mod gram;
 pub mod groups;
+mod lapack;
 mod lowrank;
 pub mod measures;
 mod names;
@@ -21,6 +23,7 @@ pub use gates::{Gate, GateResult};
 pub use groups::Group;
 pub use measures::Measures;
 pub use source::{Labelled, Request};
+pub use svd::Method;
 
 use crate::{
     delta::LowRank,
@@ -29,8 +32,8 @@ use crate::{
 };
 use gates::Candidate;
 use lowrank::Factors;
+use measures::BELOW;
 use noise::UlpSums;
-use pair::{NonFinite, Pair};
 use serde::{Deserialize, Serialize};
 use source::{Job, Opened, Work, skipped};
 use std::path::PathBuf;
@@ -56,6 +59,8 @@ pub struct Options {
     pub common_only: bool,
     /// Keep all singular values in the result.
     pub sigma: bool,
+    /// How singular values are computed.
+    pub method: Method,
 }
 
 /// The result of [`run`]; its serialisation is the JSON of the command.
@@ -183,7 +188,8 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     }
     check_gates(options, &jobs)?;
     let bar = progress.count("singular values", jobs.len() as u64);
-    let results = schedule::run(&jobs, Job::cost, |job| measure(job, options), |_| bar.inc(1));
+    let results =
+        schedule::run(&jobs, memory_budget(&jobs), |j| j.need(options.method), |j| measure(j, options), |_| bar.inc(1));
     bar.finish_and_clear();
     let mut matrices = Vec::new();
     for result in results? {
@@ -214,6 +220,11 @@ fn check_labels(options: &Options) -> Result<()> {
                 .help("give each a name of its own: LABEL=PATH"))
         }
     }
+}
+
+/// Bytes that matrices in flight may hold together: with what else a process needs, below 6 of the largest in f64.
+fn memory_budget(jobs: &[Job]) -> f64 {
+    5.5 * jobs.iter().map(|j| 8.0 * j.shape.0 as f64 * j.shape.1 as f64).fold(0.0, f64::max)
 }
 
 /// Every gate must ask about at least one matrix of each source, and know its rank if it compares with it.
@@ -264,7 +275,9 @@ fn measure(job: &Job, options: &Options) -> Result<Measured> {
     match &job.work {
         Work::Pair { pair, roundings } => {
             let mut ulps = UlpSums::new(pair.shape.0, pair.shape.1);
-            match dense(pair, &mut ulps)? {
+            let tolerance = tolerance(job, options);
+            let block = |rows, columns, out: &mut [f64]| pair.block(rows, columns, out, &mut ulps);
+            match svd::streamed(pair.shape, options.method, tolerance, BELOW, block)? {
                 Ok(sigma) => {
                     let edge = ulps.noise_edge(*roundings);
                     Ok(Measured::Matrices(vec![matrix(job, options, None, sigma, edge)]))
@@ -294,8 +307,12 @@ fn measure_factors(job: &Job, options: &Options, factors: &Factors, deltas: &[Lo
     Ok(matrices)
 }
 
+fn tolerance(job: &Job, options: &Options) -> f64 {
+    options.rank_tolerance.unwrap_or_else(|| measures::default_tolerance(job.shape))
+}
+
 fn matrix(job: &Job, options: &Options, cycle: Option<(u64, bool)>, sigma: Vec<f64>, noise_edge: f64) -> Matrix {
-    let tolerance = options.rank_tolerance.unwrap_or_else(|| measures::default_tolerance(job.shape));
+    let measures = Measures::new(&sigma, job.shape, tolerance(job, options), noise_edge);
     Matrix {
         name: job.name.clone(),
         label: job.label.clone(),
@@ -306,7 +323,7 @@ fn matrix(job: &Job, options: &Options, cycle: Option<(u64, bool)>, sigma: Vec<f
         r: job.r,
         cycle: cycle.map(|c| c.0),
         cumulative: cycle.map(|c| c.1),
-        measures: Measures::new(&sigma, job.shape, tolerance, noise_edge),
+        measures,
         sigma: options.sigma.then_some(sigma),
     }
 }
@@ -317,14 +334,4 @@ fn non_finite(job: &Job, options: &Options, what: String) -> Result<Measured> {
     }
     Err(Error::request(format!("tensor '{}' of source '{}': {what}", job.name, job.label))
         .help("pass --skip-nonfinite to report it and go on"))
-}
-
-/// Singular values of the difference, from the whole dense matrix.
-fn dense(pair: &Pair, ulps: &mut UlpSums) -> Result<std::result::Result<Vec<f64>, NonFinite>> {
-    let (m, n) = pair.shape;
-    let mut delta = vec![0.0; m * n];
-    match pair.block(0..m, 0..n, &mut delta, ulps)? {
-        Some(found) => Ok(Err(found)),
-        None => svd::singular_values(&mut delta, m, n).map(Ok),
-    }
 }

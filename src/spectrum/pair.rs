@@ -48,16 +48,20 @@ impl NonFinite {
 }
 
 impl Pair<'_> {
-    /// Writes block `rows x columns` of the difference into `out`, row-major, and adds the units in the last place of
-    /// the tuned side to `ulps`. Stops at the first entry that is not finite.
+    /// Writes block `rows x columns` of the difference into `out`, row-major, and notes the units in the last place of
+    /// the tuned side in `ulps`. Stops at the first entry that is not finite.
     pub fn block(
         &self,
         rows: Range<usize>,
         columns: Range<usize>,
         out: &mut [f64],
         ulps: &mut UlpSums,
-    ) -> Result<Option<NonFinite>> {
+    ) -> Result<std::result::Result<(), NonFinite>> {
         let width = columns.len();
+        if (rows.len(), width) == self.shape {
+            // The whole matrix at once comes first, or after panels that were given up: counted once.
+            *ulps = UlpSums::new(self.shape.0, self.shape.1);
+        }
         let mut base = vec![0.0; width];
         for (row, out) in rows.zip(out.chunks_exact_mut(width.max(1))) {
             let first = row * self.shape.1 + columns.start;
@@ -67,12 +71,12 @@ impl Pair<'_> {
             if out.iter().zip(&base).map(|(t, b)| (t - b) * 0.0).sum::<f64>() != 0.0 {
                 let found = out.iter().zip(&base).position(|(t, b)| !(t - b).is_finite()).unwrap_or(0);
                 let index = (row, columns.start + found);
-                return Ok(Some(NonFinite { index, base: base[found], tuned: out[found] }));
+                return Ok(Err(NonFinite { index, base: base[found], tuned: out[found] }));
             }
             ulps.add(self.tuned.dtype(), row, columns.start, out);
             out.iter_mut().zip(&base).for_each(|(t, b)| *t -= b);
         }
-        Ok(None)
+        Ok(Ok(()))
     }
 }
 

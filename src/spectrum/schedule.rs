@@ -1,30 +1,47 @@
-//! Many matrices over the worker threads: the most costly first, one per thread.
+//! Many matrices over the worker threads: the most costly first, one per thread, within a bound on memory.
+//!
+//! A symmetric eigenproblem gains little from a second thread, so several matrices are never sped up by giving each
+//! more threads; a single one gets them all, inside BLAS.
 
 use crate::{error::Result, interrupt, threads};
 use std::sync::{
-    Mutex,
+    Condvar, Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-/// Runs `work` on every job and returns the results in the order of the jobs. Threads take the most costly job that is
-/// left; a single job gets all threads inside BLAS. After a failure no new job starts; of several failures the one of
-/// the earliest job is returned. `done` is called after each job.
+/// What a job needs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Need {
+    /// Work, in any unit: the costliest job starts first.
+    pub cost: f64,
+    /// Bytes that it holds while it runs.
+    pub memory: f64,
+}
+
+/// Runs `work` on every job and returns the results in the order of the jobs. Jobs run together only while their
+/// memory stays below `budget` bytes; one alone always runs. After a failure no new job starts; of several failures
+/// the one of the earliest job is returned. `done` is called after each job.
 pub fn run<J: Sync, T: Send>(
     jobs: &[J],
-    cost: impl Fn(&J) -> f64,
+    budget: f64,
+    need: impl Fn(&J) -> Need + Sync,
     work: impl Fn(&J) -> Result<T> + Sync,
     done: impl Fn(&J) + Sync,
 ) -> Result<Vec<T>> {
     let mut order: Vec<usize> = (0..jobs.len()).collect();
-    order.sort_by(|&a, &b| cost(&jobs[b]).total_cmp(&cost(&jobs[a])).then(a.cmp(&b)));
+    order.sort_by(|&a, &b| need(&jobs[b]).cost.total_cmp(&need(&jobs[a]).cost).then(a.cmp(&b)));
     let results: Mutex<Vec<Option<Result<T>>>> = Mutex::new(jobs.iter().map(|_| None).collect());
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let room = Room { used: Mutex::new((0, 0.0)), freed: Condvar::new(), budget };
     let worker = || {
         while !failed.load(Ordering::Relaxed) {
             let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let memory = need(&jobs[i]).memory;
+            room.enter(memory);
             let result = interrupt::check().and_then(|()| work(&jobs[i]));
+            room.leave(memory);
             failed.fetch_or(result.is_err(), Ordering::Relaxed);
-            results.lock().unwrap_or_else(|e| e.into_inner())[i] = Some(result);
+            lock(&results)[i] = Some(result);
             done(&jobs[i]);
         }
     };
@@ -39,6 +56,33 @@ pub fn run<J: Sync, T: Send>(
     results.into_iter().flatten().collect()
 }
 
+/// Counts the jobs inside and the bytes they hold.
+struct Room {
+    used: Mutex<(usize, f64)>,
+    freed: Condvar,
+    budget: f64,
+}
+
+impl Room {
+    fn enter(&self, memory: f64) {
+        let mut used = lock(&self.used);
+        while used.0 > 0 && used.1 + memory > self.budget {
+            used = self.freed.wait(used).unwrap_or_else(|e| e.into_inner());
+        }
+        *used = (used.0 + 1, used.1 + memory);
+    }
+
+    fn leave(&self, memory: f64) {
+        let mut used = lock(&self.used);
+        *used = (used.0 - 1, used.1 - memory);
+        self.freed.notify_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,7 +91,8 @@ mod tests {
     #[test]
     fn results_keep_the_order_of_the_jobs() {
         let jobs: Vec<usize> = (0..50).collect();
-        let results = run(&jobs, |j| (*j * 7 % 13) as f64, |j| Ok(j * 2), |_| ()).unwrap();
+        let need = |j: &usize| Need { cost: (*j * 7 % 13) as f64, memory: 1.0 };
+        let results = run(&jobs, 1.0, need, |j| Ok(j * 2), |_| ()).unwrap();
         assert_eq!(results, (0..50).map(|j| j * 2).collect::<Vec<_>>());
     }
 
@@ -55,6 +100,25 @@ mod tests {
     fn a_failure_stops_the_rest_and_is_returned() {
         let jobs: Vec<usize> = (0..50).collect();
         let work = |j: &usize| if *j >= 10 { Err(Error::request(format!("job {j}"))) } else { Ok(()) };
-        assert!(run(&jobs, |j| -(*j as f64), work, |_| ()).unwrap_err().message.starts_with("job 1"));
+        let need = |j: &usize| Need { cost: -(*j as f64), memory: 0.0 };
+        assert!(run(&jobs, 1.0, need, work, |_| ()).unwrap_err().message.starts_with("job 1"));
+    }
+
+    #[test]
+    fn jobs_together_stay_within_the_budget_and_a_larger_one_runs_alone() {
+        let jobs: Vec<f64> = (0..40).map(|i| if i % 10 == 0 { 9.0 } else { 1.0 + (i % 3) as f64 }).collect();
+        let held = Mutex::new((0.0, 0));
+        let work = |j: &f64| {
+            {
+                let mut held = lock(&held);
+                *held = (held.0 + j, held.1 + 1);
+                assert!(held.0 <= 4.0 || held.1 == 1, "{held:?}");
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            let mut held = lock(&held);
+            *held = (held.0 - j, held.1 - 1);
+            Ok(())
+        };
+        run(&jobs, 4.0, |j| Need { cost: *j, memory: *j }, work, |_| ()).unwrap();
     }
 }

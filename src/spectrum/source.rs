@@ -5,6 +5,8 @@ use super::{
     lowrank::{self, Factors, OpenedRun},
     names,
     pair::{self, Pair},
+    schedule::Need,
+    svd::Method,
 };
 use crate::{
     adapter::Adapter,
@@ -96,10 +98,24 @@ pub(super) enum Work<'a> {
 }
 
 impl Job<'_> {
-    /// Proportional to the work: the cube that the eigenvalues take plus the product that comes before.
-    pub fn cost(&self) -> f64 {
+    /// Work: the cube that the eigenvalues take plus the product before. Memory: the Gram matrix and a panel, or the
+    /// dense matrix and a workspace.
+    pub fn need(&self, method: Method) -> Need {
         let (short, long) = (self.shape.0.min(self.shape.1) as f64, self.shape.0.max(self.shape.1) as f64);
-        short * short * (short + long)
+        let tolerance = super::measures::default_tolerance(self.shape);
+        let entries = match &self.work {
+            Work::Pair { .. } if method.takes_gram(self.shape, tolerance) => short * (short + 300.0),
+            Work::Pair { .. } => short * (long + short.min(300.0)),
+            Work::Factors(factors) => {
+                let rank = factors.total_rank() as f64;
+                let core = rank.min(short) * rank.min(long);
+                return Need {
+                    cost: rank * rank * (short + long) + core * short,
+                    memory: 8.0 * (3.0 * rank * (short + long) + 3.0 * core),
+                };
+            }
+        };
+        Need { cost: short * short * (short + long), memory: 8.0 * entries }
     }
 }
 

@@ -2,12 +2,15 @@
 
 use super::{Findings, Mismatch};
 use crate::{
-    adapter::Adapter,
+    adapter::{Adapter, Module},
     delta::LowRank,
     error::Result,
     progress::Progress,
     run::{CycleRecord, Manifest, RunDir},
-    spectrum::{factored, schedule},
+    spectrum::{
+        factored,
+        schedule::{self, Need},
+    },
 };
 use serde_json::Value;
 
@@ -112,10 +115,14 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
         return Ok(findings);
     }
     let bar = progress.count("ranks", count as u64);
-    let cost = |job: &(String, usize, crate::adapter::Module, bool)| (job.2.a.elements() + job.2.b.elements()) as f64;
+    let need = |job: &(String, usize, Module, bool)| {
+        let cost = (job.2.a.elements() + job.2.b.elements()) as f64;
+        Need { cost, memory: 0.0 }
+    };
     let ranks = schedule::run(
         &factors,
-        cost,
+        f64::INFINITY,
+        need,
         |(_, _, module, fan_in_fan_out)| {
             let delta = LowRank::read_f64(module, *fan_in_fan_out)?;
             let (m, n) = delta.shape();

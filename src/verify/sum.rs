@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Result},
     progress::Progress,
     run::{Manifest, RunDir},
-    spectrum::schedule,
+    spectrum::schedule::{self, Need},
 };
 use ndarray::Array2;
 use serde::Serialize;
@@ -89,8 +89,7 @@ pub(super) fn check(
         return Ok((findings, Vec::new()));
     }
     let bar = progress.count("recomputing", jobs.len() as u64);
-    let results =
-        schedule::run(&jobs, |j| (j.base.elements() * (j.deltas.len() + 1)) as f64, Weight::check, |_| bar.inc(1));
+    let results = schedule::run(&jobs, f64::INFINITY, Weight::need, Weight::check, |_| bar.inc(1));
     bar.finish_and_clear();
     let mut weights = Vec::new();
     for (weight, mismatch) in results? {
@@ -169,6 +168,10 @@ fn collect<'a>(
 const BLOCK: usize = 256;
 
 impl Weight<'_> {
+    fn need(&self) -> Need {
+        Need { cost: (self.base.elements() * (self.deltas.len() + 1)) as f64, memory: 0.0 }
+    }
+
     fn check(&self) -> Result<(WeightCheck, Option<Mismatch>)> {
         if !self.adapted {
             let same = self.base.dtype() == self.tuned.dtype() && self.base.bytes() == self.tuned.bytes();
