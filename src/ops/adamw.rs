@@ -1,6 +1,7 @@
 //! AdamW (arXiv:1711.05101) in one pass, in PyTorch's order of operations.
 
 use super::elementwise::BLOCK;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// What one update needs besides the tensors.
@@ -24,6 +25,13 @@ pub struct AdamW {
 
 pub fn update(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     assert_eq!((g.len(), m.len(), v.len()), (p.len(), p.len(), p.len()), "adamw: lengths");
+    let blocks =
+        p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
+    blocks.for_each(|(((p, g), m), v)| update_block(step, p, g, m, v));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn update_block(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     let t = step.step as f64;
     let keep = (1.0 - step.lr * step.weight_decay) as f32;
     let (b1, b2) = (step.beta1 as f32, step.beta2 as f32);
@@ -31,16 +39,12 @@ pub fn update(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f3
     let size = (step.lr / (1.0 - step.beta1.powf(t))) as f32;
     let root = (1.0 / (1.0 - step.beta2.powf(t)).sqrt()) as f32;
     let (eps, grad_scale) = (step.eps as f32, step.grad_scale as f32);
-    let blocks =
-        p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
-    blocks.for_each(|(((p, g), m), v)| {
-        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-            let g = g * grad_scale;
-            *m = b1 * *m + c1 * g;
-            *v = b2 * *v + c2 * (g * g);
-            *p = *p * keep - size * *m / (v.sqrt() * root + eps);
-        }
-    });
+    for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+        let g = g * grad_scale;
+        *m = b1 * *m + c1 * g;
+        *v = b2 * *v + c2 * (g * g);
+        *p = *p * keep - size * *m / (v.sqrt() * root + eps);
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use super::math;
 use crate::threads;
+use multiversion::multiversion;
 use ndarray::{
     ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4, Ix4, linalg::general_mat_mul, parallel::prelude::*, s,
 };
@@ -81,20 +82,23 @@ fn forward_head(scale: f32, [q, k, v]: [ArrayView2<f32>; 3], mut o: ArrayViewMut
         general_mat_mul(scale, &q.slice(s![first..end, ..]), &k.slice(s![..end, ..]).t(), 0.0, &mut scores);
         for (t, mut row) in (first..end).zip(scores.outer_iter_mut()) {
             let (row, future) = row.as_slice_mut().expect("contiguous").split_at_mut(t + 1);
-            let top = math::max(row);
-            for x in row.iter_mut() {
-                *x = math::exp(*x - top);
-            }
-            let total = math::sum_by(row, row, |x, _| x);
-            lse[t] = (f64::from(top) + total.ln()) as f32;
-            let factor = (1.0 / total) as f32;
-            for x in row {
-                *x *= factor;
-            }
+            lse[t] = softmax(row);
             future.fill(0.0);
         }
         general_mat_mul(1.0, &scores, &v.slice(s![..end, ..]), 0.0, &mut o.slice_mut(s![first..end, ..]));
     }
+}
+
+/// Scores become probabilities; returns the log of the sum of their exponentials.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn softmax(row: &mut [f32]) -> f32 {
+    let top = math::max(row);
+    let total = math::replace_by_exp(row, top);
+    let factor = (1.0 / total) as f32;
+    for x in row {
+        *x *= factor;
+    }
+    (f64::from(top) + total.ln()) as f32
 }
 
 /// The probabilities are recomputed from the scores and `lse` (arXiv:2205.14135). One task per window and key/value
@@ -164,16 +168,22 @@ fn backward_head(
             let d: f32 = d_o.row(t).iter().zip(o.row(t)).map(|(a, b)| a * b).sum();
             let (p, p_future) = p.as_slice_mut().expect("contiguous").split_at_mut(t + 1);
             let (ds, ds_future) = ds.as_slice_mut().expect("contiguous").split_at_mut(t + 1);
-            for (p, ds) in p.iter_mut().zip(ds) {
-                *p = math::exp(*p - lse[t]);
-                *ds = *p * (*ds - d);
-            }
+            softmax_backward(p, ds, lse[t], d);
             p_future.fill(0.0);
             ds_future.fill(0.0);
         }
         general_mat_mul(scale, &ds, &k.slice(keys), 0.0, &mut dq.slice_mut(rows));
         general_mat_mul(scale, &ds.t(), &q.slice(rows), 1.0, &mut dk.slice_mut(keys));
         general_mat_mul(1.0, &p.t(), &d_o.slice(rows), 1.0, &mut dv.slice_mut(keys));
+    }
+}
+
+/// Scores become probabilities again, and `ds`, their gradient, that of the scores: `p · (ds - d)`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn softmax_backward(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        *p = math::exp(*p - lse);
+        *ds = *p * (*ds - d);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Cross-entropy of logits against token ids, and its gradient in place.
 
 use super::math;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// The target of a row that has none: its loss and its gradient are 0.
@@ -10,34 +11,32 @@ pub const IGNORE: u32 = u32::MAX;
 /// `scale · (softmax - one_hot)`.
 pub fn rows(vocab: usize, targets: &[u32], logits: &mut [f32], losses: &mut [f32], scale: Option<f32>) {
     assert_eq!((logits.len(), losses.len()), (targets.len() * vocab, targets.len()), "cross_entropy: rows");
-    logits.par_chunks_mut(vocab).zip(losses).zip(targets).for_each(|((logits, loss), &target)| {
-        if target == IGNORE {
-            *loss = 0.0;
-            if scale.is_some() {
-                logits.fill(0.0);
-            }
-            return;
+    let rows = logits.par_chunks_mut(vocab).zip(losses).zip(targets);
+    rows.for_each(|((logits, loss), &target)| *loss = row(logits, target, scale));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn row(logits: &mut [f32], target: u32, scale: Option<f32>) -> f32 {
+    if target == IGNORE {
+        if scale.is_some() {
+            logits.fill(0.0);
         }
-        let top = math::max(logits);
-        let at_target = logits[target as usize] - top;
-        let total = match scale {
-            None => math::sum_by(logits, logits, |x, _| math::exp(x - top)),
-            Some(_) => {
-                for x in logits.iter_mut() {
-                    *x = math::exp(*x - top);
-                }
-                math::sum_by(logits, logits, |x, _| x)
-            }
-        };
-        *loss = (total.ln() - f64::from(at_target)) as f32;
-        if let Some(scale) = scale {
-            let factor = (f64::from(scale) / total) as f32;
-            for x in logits.iter_mut() {
-                *x *= factor;
-            }
-            logits[target as usize] -= scale;
+        return 0.0;
+    }
+    let top = math::max(logits);
+    let at_target = logits[target as usize] - top;
+    let total = match scale {
+        None => math::sum_by(logits, logits, |x, _| math::exp(x - top)),
+        Some(_) => math::replace_by_exp(logits, top),
+    };
+    if let Some(scale) = scale {
+        let factor = (f64::from(scale) / total) as f32;
+        for x in logits.iter_mut() {
+            *x *= factor;
         }
-    });
+        logits[target as usize] -= scale;
+    }
+    (total.ln() - f64::from(at_target)) as f32
 }
 
 #[cfg(test)]

@@ -53,6 +53,28 @@ pub fn sum_by(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f64 {
     total
 }
 
+/// `x = e^(x - shift)`, and the sum of the results, in the order of [`sum_by`].
+#[inline(always)]
+pub fn replace_by_exp(x: &mut [f32], shift: f32) -> f64 {
+    let mut total = 0.0;
+    for x in x.chunks_mut(1024) {
+        let (chunks, rest) = x.as_chunks_mut::<LANES>();
+        let mut lanes = [0f32; LANES];
+        for chunk in chunks {
+            for i in 0..LANES {
+                chunk[i] = exp(chunk[i] - shift);
+                lanes[i] += chunk[i];
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *x = exp(*x - shift);
+            *lane += *x;
+        }
+        total += lanes.iter().map(|&x| f64::from(x)).sum::<f64>();
+    }
+    total
+}
+
 /// The largest element; NaN elements are passed over.
 #[inline(always)]
 pub fn max(x: &[f32]) -> f32 {

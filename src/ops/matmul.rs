@@ -1,7 +1,7 @@
 //! Matrix products: row-major operands inside larger buffers, either of them transposed.
 
 use crate::threads;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, parallel::prelude::*};
+use ndarray::{Array3, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, parallel::prelude::*};
 
 /// A row-major matrix inside a buffer, read as it lies or transposed.
 pub struct Mat<'a, B> {
@@ -66,22 +66,64 @@ impl Mat<'_, Vec<f32>> {
     }
 }
 
-/// `c = alpha · a · b + beta · c`: blocks of c on rayon's threads, each a single-threaded BLAS call.
+/// `c = alpha · a · b + beta · c`: pieces of the product on rayon's threads, each a single-threaded BLAS call.
 pub fn matmul(alpha: f32, a: Mat<Vec<f32>>, b: Mat<Vec<f32>>, beta: f32, c: MatMut<Vec<f32>>) {
     let (a, b) = (a.view(), b.view());
     let (rows, cols) = (c.rows, c.cols);
     assert_eq!((a.nrows(), a.ncols(), b.ncols()), (rows, b.nrows(), cols), "matmul: shapes");
     let c = ArrayViewMut2::from_shape((rows, cols), &mut c.data[c.offset..][..rows * cols])
         .expect("the slice has rows · cols elements");
-    threads::with_serial_blas(|| product(alpha, a, b, beta, c));
+    threads::with_serial_blas(|| match Split::choose(rows, cols, a.ncols()) {
+        Split::Whole => general_mat_mul_into(alpha, a, b, beta, c),
+        Split::Rows => by_blocks(alpha, Axis(0), a, b, beta, c),
+        Split::Columns => by_blocks(alpha, Axis(1), a, b, beta, c),
+        Split::Inner => by_terms(alpha, a, b, beta, c),
+    });
 }
 
-fn product(alpha: f32, a: ArrayView2<f32>, b: ArrayView2<f32>, beta: f32, mut c: ArrayViewMut2<f32>) {
-    let (rows, cols) = c.dim();
-    let (axis, extent) = if rows >= cols { (Axis(0), rows) } else { (Axis(1), cols) };
-    let block = block_len(extent, 2 * rows * cols * a.ncols() / extent);
-    let blocks = c.axis_chunks_iter_mut(axis, block).into_par_iter().enumerate();
-    blocks.for_each(|(i, mut c)| {
+fn general_mat_mul_into(alpha: f32, a: ArrayView2<f32>, b: ArrayView2<f32>, beta: f32, mut c: ArrayViewMut2<f32>) {
+    general_mat_mul(alpha, &a, &b, beta, &mut c);
+}
+
+/// How a product is cut for the threads. Depends on the shape alone.
+#[derive(Debug, PartialEq)]
+enum Split {
+    Whole,
+    /// Rows of a and c.
+    Rows,
+    /// Columns of b and c.
+    Columns,
+    /// The inner dimension: partial products that are added up.
+    Inner,
+}
+
+/// Partial products of [`Split::Inner`]: fixed, since it decides the order of the sums.
+const TERMS: usize = 8;
+
+impl Split {
+    /// BLAS copies its operands into the order its kernel wants; a cut across one operand copies the other once per
+    /// piece, a cut of the inner dimension writes c once per piece. Takes the cheapest.
+    fn choose(rows: usize, cols: usize, inner: usize) -> Split {
+        const WORTH_A_CUT: usize = 1 << 22;
+        if 2 * rows * cols * inner < WORTH_A_CUT {
+            return Split::Whole;
+        }
+        let repeats = |extent: usize| (extent / 64).min(TERMS);
+        let candidates = [
+            (rows >= 128, inner * cols * repeats(rows), Split::Rows),
+            (cols >= 128, inner * rows * repeats(cols), Split::Columns),
+            (inner >= TERMS * 128, 3 * rows * cols * TERMS, Split::Inner),
+        ];
+        let possible = candidates.into_iter().filter(|(possible, ..)| *possible);
+        possible.min_by_key(|(_, copied, _)| *copied).map_or(Split::Whole, |(.., split)| split)
+    }
+}
+
+/// Blocks of rows or columns of c. Their number depends on the extent alone: the kernel that BLAS takes for a block, and
+/// so the last bits of the result, may depend on its size.
+fn by_blocks(alpha: f32, axis: Axis, a: ArrayView2<f32>, b: ArrayView2<f32>, beta: f32, mut c: ArrayViewMut2<f32>) {
+    let block = (c.len_of(axis) / 8).clamp(64, 2048).next_multiple_of(16);
+    c.axis_chunks_iter_mut(axis, block).into_par_iter().enumerate().for_each(|(i, mut c)| {
         let own = (i * block) as isize..(i * block + c.len_of(axis)) as isize;
         if axis.index() == 0 {
             general_mat_mul(alpha, &a.slice_axis(Axis(0), own.into()), &b, beta, &mut c);
@@ -91,18 +133,24 @@ fn product(alpha: f32, a: ArrayView2<f32>, b: ArrayView2<f32>, beta: f32, mut c:
     });
 }
 
-/// Rows (or columns) of c that one task takes, given the operations each of them costs. Depends on the shape alone, so
-/// that results do not depend on the number of threads.
-fn block_len(extent: usize, flops_each: usize) -> usize {
-    const MIN_FLOPS: usize = 1 << 22;
-    const MIN_LEN: usize = 64;
-    let least = MIN_LEN.max(MIN_FLOPS.div_ceil(flops_each.max(1)));
-    // An even number of equal blocks, at most 32, in whole vector registers.
-    let mut count = 1;
-    while count < 32 && extent / (2 * count) >= least {
-        count *= 2;
-    }
-    extent.div_ceil(count).next_multiple_of(16)
+/// Partial products over pieces of the inner dimension, added in their order.
+fn by_terms(alpha: f32, a: ArrayView2<f32>, b: ArrayView2<f32>, beta: f32, mut c: ArrayViewMut2<f32>) {
+    let block = a.ncols().div_ceil(TERMS);
+    let term = |i: usize, beta: f32, c: &mut ArrayViewMut2<f32>| {
+        let own = (i * block) as isize..((i + 1) * block).min(a.ncols()) as isize;
+        let (a, b) = (a.slice_axis(Axis(1), own.clone().into()), b.slice_axis(Axis(0), own.into()));
+        general_mat_mul(alpha, &a, &b, beta, c);
+    };
+    let mut partial = Array3::<f32>::zeros((TERMS - 1, c.nrows(), c.ncols()));
+    rayon::join(
+        || term(0, beta, &mut c),
+        || partial.outer_iter_mut().into_par_iter().enumerate().for_each(|(i, mut p)| term(i + 1, 0.0, &mut p)),
+    );
+    c.outer_iter_mut().into_par_iter().enumerate().for_each(|(row, mut c)| {
+        for p in partial.outer_iter() {
+            c += &p.row(row);
+        }
+    });
 }
 
 #[cfg(test)]

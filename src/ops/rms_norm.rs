@@ -1,6 +1,7 @@
 //! RMSNorm over the last axis (arXiv:1910.07467): `y = weight · x · rstd`.
 
 use super::math;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Rows that one task takes: fixed, so that the sum over rows in the backward does not depend on the threads.
@@ -10,15 +11,19 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f
     let width = weight.len();
     assert_eq!((x.len(), y.len()), (rstd.len() * width, rstd.len() * width), "rms_norm: rows");
     let blocks = x.par_chunks(ROWS * width).zip(y.par_chunks_mut(ROWS * width)).zip(rstd.par_chunks_mut(ROWS));
-    blocks.for_each(|((x, y), rstd)| {
-        for ((x, y), rstd) in x.chunks(width).zip(y.chunks_mut(width)).zip(rstd) {
-            let mean = math::sum_by(x, x, |x, _| x * x) / width as f64;
-            *rstd = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = w * (x * *rstd);
-            }
+    blocks.for_each(|((x, y), rstd)| forward_block(x, weight, eps, y, rstd));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn forward_block(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], rstd: &mut [f32]) {
+    let width = weight.len();
+    for ((x, y), rstd) in x.chunks(width).zip(y.chunks_mut(width)).zip(rstd) {
+        let mean = math::sum_by(x, x, |x, _| x * x) / width as f64;
+        *rstd = (1.0 / (mean + f64::from(eps)).sqrt()) as f32;
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = w * (x * *rstd);
         }
-    });
+    }
 }
 
 /// With `n = x · rstd` and `g = weight · dy`: `dx += rstd · (g - n · mean(g · n))`, `dweight += sum over rows of dy · n`.
@@ -33,19 +38,7 @@ pub fn backward(x: &[f32], weight: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f
         .zip(rstd.par_chunks(ROWS))
         .map(|(((x, dy), dx), rstd)| {
             let mut part = vec![0f32; if want_dweight { width } else { 0 }];
-            let mut scaled = vec![0f32; width];
-            for (((x, dy), dx), &rstd) in x.chunks(width).zip(dy.chunks(width)).zip(dx.chunks_mut(width)).zip(rstd) {
-                for ((s, dy), w) in scaled.iter_mut().zip(dy).zip(weight) {
-                    *s = dy * w;
-                }
-                let mean = (math::sum_by(&scaled, x, |g, x| g * x) * f64::from(rstd) / width as f64) as f32;
-                for ((dx, g), x) in dx.iter_mut().zip(&scaled).zip(x) {
-                    *dx += rstd * (g - x * rstd * mean);
-                }
-                for ((p, dy), x) in part.iter_mut().zip(dy).zip(x) {
-                    *p += dy * (x * rstd);
-                }
-            }
+            backward_block(x, weight, rstd, dy, dx, &mut part);
             part
         })
         .collect();
@@ -54,6 +47,24 @@ pub fn backward(x: &[f32], weight: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f
             for (d, p) in dweight.iter_mut().zip(part) {
                 *d += p;
             }
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn backward_block(x: &[f32], weight: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32], dweight: &mut [f32]) {
+    let width = weight.len();
+    let mut scaled = vec![0f32; width];
+    for (((x, dy), dx), &rstd) in x.chunks(width).zip(dy.chunks(width)).zip(dx.chunks_mut(width)).zip(rstd) {
+        for ((s, dy), w) in scaled.iter_mut().zip(dy).zip(weight) {
+            *s = dy * w;
+        }
+        let mean = (math::sum_by(&scaled, x, |g, x| g * x) * f64::from(rstd) / width as f64) as f32;
+        for ((dx, g), x) in dx.iter_mut().zip(&scaled).zip(x) {
+            *dx += rstd * (g - x * rstd * mean);
+        }
+        for ((d, dy), x) in dweight.iter_mut().zip(dy).zip(x) {
+            *d += dy * (x * rstd);
         }
     }
 }

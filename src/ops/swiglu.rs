@@ -1,27 +1,36 @@
 //! The gate of the MLP (arXiv:2002.05202): `y = silu(gate) · up`, `silu(x) = x · sigmoid(x)`.
 
 use super::{elementwise::BLOCK, math::sigmoid};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 pub fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
     assert_eq!((gate.len(), up.len()), (y.len(), y.len()), "swiglu: lengths");
-    y.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK)).for_each(|((y, gate), up)| {
-        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-            *y = g * sigmoid(*g) * u;
-        }
-    });
+    let blocks = y.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
+    blocks.for_each(|((y, gate), up)| forward_block(gate, up, y));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn forward_block(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+        *y = g * sigmoid(*g) * u;
+    }
 }
 
 /// `silu'(x) = s + x · s · (1 - s)` with `s = sigmoid(x)`. Gate and up are replaced by their gradients.
 pub fn backward(dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
     assert_eq!((gate.len(), up.len()), (dy.len(), dy.len()), "swiglu: lengths");
-    gate.par_chunks_mut(BLOCK).zip(up.par_chunks_mut(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((gate, up), dy)| {
-        for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
-            let s = sigmoid(*g);
-            let silu = *g * s;
-            (*g, *u) = (dy * *u * (s + silu * (1.0 - s)), dy * silu);
-        }
-    });
+    let blocks = gate.par_chunks_mut(BLOCK).zip(up.par_chunks_mut(BLOCK)).zip(dy.par_chunks(BLOCK));
+    blocks.for_each(|((gate, up), dy)| backward_block(dy, gate, up));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn backward_block(dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+    for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+        let s = sigmoid(*g);
+        let silu = *g * s;
+        (*g, *u) = (dy * *u * (s + silu * (1.0 - s)), dy * silu);
+    }
 }
 
 #[cfg(test)]
