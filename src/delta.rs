@@ -2,9 +2,10 @@
 
 use crate::{
     adapter::{Module, ModuleKind},
+    checkpoint::{Dtype, Tensor, dtype},
     error::{Error, Result},
 };
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, linalg::general_mat_mul, s};
+use ndarray::{Array2, ArrayViewMut2, linalg::general_mat_mul, s};
 use std::ops::Range;
 
 /// A low-rank delta in the layout of the stored weight, `[rows, columns] = scaling * left @ right`.
@@ -21,43 +22,44 @@ pub struct LowRank<T> {
 impl LowRank<f32> {
     /// Reads the factors of `module` as f32. `fan_in_fan_out`: its linear weight is stored `[in, out]`.
     pub fn read_f32(module: &Module, fan_in_fan_out: bool) -> Result<Self> {
-        let a = module.a.to_f32()?.into_owned();
-        let b = module.b.to_f32()?.into_owned();
-        Self::new(module, fan_in_fan_out, a, b, module.scaling as f32)
-    }
-
-    /// Rows `rows` of the delta, `scaling * (left @ right)`, overwriting `out` (`[rows.len(), columns]`).
-    pub fn rows(&self, rows: Range<usize>, out: ArrayViewMut2<f32>) {
-        product(self, rows, out)
+        Self::read(module, fan_in_fan_out)
     }
 }
 
 impl LowRank<f64> {
     /// Reads the factors of `module` as f64, exactly. `fan_in_fan_out`: its linear weight is stored `[in, out]`.
     pub fn read_f64(module: &Module, fan_in_fan_out: bool) -> Result<Self> {
-        let mut a = vec![0.0; module.a.elements()];
-        let mut b = vec![0.0; module.b.elements()];
-        module.a.read_f64(0, &mut a)?;
-        module.b.read_f64(0, &mut b)?;
-        Self::new(module, fan_in_fan_out, a, b, module.scaling)
-    }
-
-    /// Rows `rows` of the delta, overwriting `out` (`[rows.len(), columns]`).
-    pub fn rows(&self, rows: Range<usize>, out: ArrayViewMut2<f64>) {
-        product(self, rows, out)
-    }
-
-    /// The whole delta.
-    pub fn dense(&self) -> Array2<f64> {
-        let (m, n) = self.shape();
-        let mut out = Array2::zeros((m, n));
-        product(self, 0..m, out.view_mut());
-        out
+        Self::read(module, fan_in_fan_out)
     }
 }
 
-impl<T: Finite> LowRank<T> {
-    fn new(module: &Module, fan_in_fan_out: bool, a: Vec<T>, b: Vec<T>, scaling: T) -> Result<Self> {
+impl<T: Real> LowRank<T> {
+    /// Rows `rows` of the delta, `scaling * (left @ right)`, overwriting `out` (`[rows.len(), columns]`).
+    pub fn rows(&self, rows: Range<usize>, mut out: ArrayViewMut2<T>) {
+        general_mat_mul(self.scaling, &self.left.slice(s![rows, ..]), &self.right, T::zero(), &mut out);
+    }
+
+    /// Adds rows `rows` of the delta to `out` (`[rows.len(), columns]`).
+    pub fn add_rows(&self, rows: Range<usize>, mut out: ArrayViewMut2<T>) {
+        general_mat_mul(self.scaling, &self.left.slice(s![rows, ..]), &self.right, T::one(), &mut out);
+    }
+
+    /// The whole delta.
+    pub fn dense(&self) -> Array2<T> {
+        let (m, n) = self.shape();
+        let mut out = Array2::zeros((m, n));
+        self.rows(0..m, out.view_mut());
+        out
+    }
+
+    /// Reads the factors of `module`. `fan_in_fan_out`: its linear weight is stored `[in, out]`.
+    /// Expert parameters have one delta per expert, see [`Module::experts`]; they are refused here.
+    pub fn read(module: &Module, fan_in_fan_out: bool) -> Result<Self> {
+        let mut a = vec![T::zero(); module.a.elements()];
+        let mut b = vec![T::zero(); module.b.elements()];
+        T::read(&module.a, 0, &mut a)?;
+        T::read(&module.b, 0, &mut b)?;
+        let scaling = T::from_f64(module.scaling);
         for (what, tensor, values) in [("A", &module.a, &a), ("B", &module.b, &b)] {
             if let Some(i) = values.iter().position(|v| !v.is_finite()) {
                 return Err(Error::request(format!(
@@ -102,27 +104,62 @@ pub fn unravel(mut i: usize, shape: &[usize]) -> Vec<usize> {
     index
 }
 
-/// The little that f32 and f64 share here.
-pub trait Finite: ndarray::LinalgScalar + std::fmt::Display {
+/// The number types that deltas are computed in.
+pub trait Real: ndarray::LinalgScalar + std::fmt::Display + Send + Sync + PartialOrd {
     /// Neither infinite nor NaN.
-    fn is_finite(&self) -> bool;
+    fn is_finite(self) -> bool;
+    /// Rounded to nearest.
+    fn from_f64(x: f64) -> Self;
+    /// Exact.
+    fn to_f64(self) -> f64;
+    /// Values `first .. first + out.len()` of the flat tensor.
+    fn read(tensor: &Tensor, first: usize, out: &mut [Self]) -> Result<()>;
+    /// Values from stored bytes.
+    fn decode(dtype: Dtype, bytes: &[u8], out: &mut [Self]) -> Result<()>;
+    /// Stored bytes from values, rounded once to nearest.
+    fn encode(dtype: Dtype, values: &[Self], out: &mut [u8]) -> Result<()>;
 }
 
-impl Finite for f32 {
-    fn is_finite(&self) -> bool {
-        f32::is_finite(*self)
+impl Real for f32 {
+    fn is_finite(self) -> bool {
+        f32::is_finite(self)
+    }
+    fn from_f64(x: f64) -> f32 {
+        x as f32
+    }
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+    fn read(tensor: &Tensor, first: usize, out: &mut [f32]) -> Result<()> {
+        tensor.read_f32(first, out)
+    }
+    fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+        dtype::decode_f32(dtype, bytes, out)
+    }
+    fn encode(dtype: Dtype, values: &[f32], out: &mut [u8]) -> Result<()> {
+        dtype::encode_f32_into(dtype, values, out)
     }
 }
 
-impl Finite for f64 {
-    fn is_finite(&self) -> bool {
-        f64::is_finite(*self)
+impl Real for f64 {
+    fn is_finite(self) -> bool {
+        f64::is_finite(self)
     }
-}
-
-fn product<T: Finite>(delta: &LowRank<T>, rows: Range<usize>, mut out: ArrayViewMut2<T>) {
-    let left: ArrayView2<T> = delta.left.slice(s![rows, ..]);
-    general_mat_mul(delta.scaling, &left, &delta.right, T::zero(), &mut out);
+    fn from_f64(x: f64) -> f64 {
+        x
+    }
+    fn to_f64(self) -> f64 {
+        self
+    }
+    fn read(tensor: &Tensor, first: usize, out: &mut [f64]) -> Result<()> {
+        tensor.read_f64(first, out)
+    }
+    fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f64]) -> Result<()> {
+        dtype::decode_f64(dtype, bytes, out)
+    }
+    fn encode(dtype: Dtype, values: &[f64], out: &mut [u8]) -> Result<()> {
+        dtype::encode_f64_into(dtype, values, out)
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod delta;
 pub mod run;
+pub mod inspect;
+pub mod merge;
 pub mod spectrum;
 pub mod verify;
 

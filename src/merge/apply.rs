@@ -1,0 +1,142 @@
+//! One block of rows: decode, add the deltas, round once, and measure what the rounding kept.
+
+use super::{
+    arith,
+    plan::{Output, Term},
+};
+use crate::{
+    checkpoint::{Dtype, dtype},
+    delta::{LowRank, Real, unravel},
+    error::{Error, Result},
+};
+use ndarray::ArrayViewMut2;
+use std::ops::{AddAssign, Range};
+
+/// Elements that are decoded, added and rounded together: small enough for the first-level cache.
+const CHUNK: usize = 2048;
+
+/// The factors of an output's terms, decoded. Shared by all its blocks.
+pub(super) struct Prepared<T> {
+    deltas: Vec<LowRank<T>>,
+}
+
+impl<T: Real> Prepared<T> {
+    pub(super) fn new(output: &Output) -> Result<Self> {
+        let read = |term: &Term| match term {
+            Term::LowRank { module, transposed, weight } => {
+                let scaling = T::from_f64(weight * module.scaling);
+                Ok(LowRank { scaling, ..LowRank::read(module, *transposed)? })
+            }
+        };
+        Ok(Prepared { deltas: output.terms.iter().map(read).collect::<Result<_>>()? })
+    }
+}
+
+/// Buffers of one thread, reused from block to block.
+pub(super) struct Scratch<T> {
+    delta: Vec<T>,
+    weight: Vec<T>,
+    rounded: Vec<T>,
+    /// The block as it will be stored.
+    pub bytes: Vec<u8>,
+}
+
+impl<T: Real> Scratch<T> {
+    pub(super) fn new() -> Self {
+        let chunk = || vec![T::zero(); CHUNK];
+        Scratch { delta: Vec::new(), weight: chunk(), rounded: chunk(), bytes: Vec::new() }
+    }
+}
+
+/// Sums over elements: of the intended delta d, the weight W and the stored result Q.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Sums {
+    /// `sum d^2`
+    pub delta: f64,
+    /// `sum d (Q - W)`
+    pub kept: f64,
+    /// `sum (Q - W - d)^2`
+    pub error: f64,
+}
+
+impl AddAssign for Sums {
+    fn add_assign(&mut self, other: Sums) {
+        self.delta += other.delta;
+        self.kept += other.kept;
+        self.error += other.error;
+    }
+}
+
+/// Computes rows `rows` of `output` into `scratch.bytes`.
+pub(super) fn rows<T: Real>(
+    output: &Output,
+    prepared: &Prepared<T>,
+    rows: Range<usize>,
+    scratch: &mut Scratch<T>,
+) -> Result<Sums> {
+    let (_, columns) = output.matrix_shape();
+    let (first, count) = (rows.start * columns, rows.len() * columns);
+    let (from, to) = (output.source.dtype(), output.spec.dtype);
+    let (from_size, to_size) = (from.bitsize() / 8, to.bitsize() / 8);
+    scratch.delta.clear();
+    scratch.delta.resize(count, T::zero());
+    scratch.bytes.resize(count * to_size, 0);
+    for (i, low_rank) in prepared.deltas.iter().enumerate() {
+        let block = ArrayViewMut2::from_shape((rows.len(), columns), &mut scratch.delta)
+            .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
+        if i == 0 {
+            low_rank.rows(rows.clone(), block);
+        } else {
+            low_rank.add_rows(rows.clone(), block);
+        }
+    }
+    let changed = !prepared.deltas.is_empty();
+    let mut sums = Sums::default();
+    let source = &output.source.bytes()[first * from_size..(first + count) * from_size];
+    let chunks = source.chunks(CHUNK * from_size).zip(scratch.bytes.chunks_mut(CHUNK * to_size));
+    for (i, ((source, stored), delta)) in chunks.zip(scratch.delta.chunks_mut(CHUNK)).enumerate() {
+        let (weight, rounded) = (&mut scratch.weight[..delta.len()], &mut scratch.rounded[..delta.len()]);
+        T::decode(from, source, weight)?;
+        arith::add(weight, delta, rounded);
+        T::encode(to, rounded, stored)?;
+        T::decode(to, stored, rounded)?;
+        let (chunk_sums, finite) = arith::measure(delta, weight, rounded);
+        if !finite {
+            refuse_non_finite(output, first + i * CHUNK, weight, rounded, to, changed)?;
+        }
+        sums += chunk_sums;
+    }
+    Ok(sums)
+}
+
+/// Names the first element that spoils a chunk. NaN and infinity pass through tensors that are only recast.
+fn refuse_non_finite<T: Real>(
+    output: &Output,
+    first: usize,
+    weight: &[T],
+    rounded: &[T],
+    to: Dtype,
+    changed: bool,
+) -> Result<()> {
+    let name = &output.spec.name;
+    let place = |i: usize| unravel(first + i, &output.spec.shape);
+    if changed && let Some(i) = weight.iter().position(|w| !w.is_finite()) {
+        return Err(Error::request(format!(
+            "cannot merge '{name}': base '{}' holds {} at {:?}",
+            output.source.file().path().display(),
+            weight[i],
+            place(i)
+        ))
+        .help("the base is damaged, or its training diverged"));
+    }
+    if let Some(i) = rounded.iter().zip(weight).position(|(q, w)| !q.is_finite() && w.is_finite()) {
+        let at = place(i);
+        return Err(Error::request(format!(
+            "'{name}' at {at:?} does not fit {}: it becomes {}",
+            dtype::torch_name(to),
+            rounded[i]
+        ))
+        .help("choose a wider type: --dtype f32 or --dtype bf16"));
+    }
+    Ok(())
+}

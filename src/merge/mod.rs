@@ -1,0 +1,117 @@
+//! Adding adapters to a checkpoint: plan (match, check, size), then stream every tensor once, copied or changed.
+//!
+//! `W' = round(W + sum_k weight_k * scaling_k * B_k @ A_k)`: the sum is computed in f32 (f64 where the weight is stored
+//! as F64) and rounded once to the output's type. Tensors that nothing changes are copied byte for byte.
+
+mod apply;
+mod arith;
+mod companions;
+mod names;
+mod plan;
+mod result;
+mod stream;
+
+pub use result::{Action, AdapterUse, MergeReport, Retention, TensorResult, Totals};
+
+use crate::{
+    adapter::Adapter,
+    checkpoint::{Checkpoint, Dtype, Writer},
+    error::{Error, Result},
+    progress::Progress,
+    staged::{self, StagedDir},
+};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+/// What Hugging Face writes by default, in bytes.
+pub const MAX_SHARD_SIZE: u64 = 5_000_000_000;
+
+/// A tensor that keeps less than this share of its delta is warned about.
+pub const MIN_RETENTION: f64 = 0.9;
+
+/// What to merge, and into what.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The checkpoint that updates are added to.
+    pub base: PathBuf,
+    /// Adapters and their weights, in the order they are added.
+    pub adapters: Vec<(PathBuf, f64)>,
+    /// The folder to create.
+    pub output: PathBuf,
+    /// Element type of every floating point tensor of the output; `None` keeps the base's.
+    pub dtype: Option<Dtype>,
+    /// Bytes of data after which a new shard begins.
+    pub max_shard_size: u64,
+    /// Replace the output if it exists.
+    pub force: bool,
+    /// Plan and check, but write nothing.
+    pub dry_run: bool,
+}
+
+/// Merges. On success the output folder is complete; on an error, or when interrupted, nothing is left behind.
+pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
+    if !options.dry_run {
+        staged::refuse_existing(&options.output, options.force)?;
+    }
+    let base = Checkpoint::open(&options.base)?;
+    let adapters = open_adapters(&options.adapters)?;
+    let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
+    plan.warnings.iter().for_each(|w| progress.warn(w));
+    if options.dry_run {
+        return Ok(result::report(options, &plan, &[], None));
+    }
+    let staged = StagedDir::create(&options.output, options.force)?;
+    if let Some(folder) = base.folder() {
+        companions::copy(folder, staged.path(), &plan.config)?;
+    }
+    let specs: Vec<_> = plan.outputs.iter().map(|o| o.spec.clone()).collect();
+    let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options))?;
+    let measured = stream::run(&plan, &writer, progress)?;
+    let report = result::report(options, &plan, &measured, Some(&writer));
+    writer.finish()?;
+    staged.commit()?;
+    warn_of_losses(&report, progress);
+    Ok(report)
+}
+
+fn open_adapters(paths: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {
+    let open = |(path, weight): &(PathBuf, f64)| {
+        if !weight.is_finite() || *weight == 0.0 {
+            return Err(Error::request(format!(
+                "adapter '{}' has weight {weight}, expected a finite number other than 0",
+                path.display()
+            )));
+        }
+        Ok((Adapter::open(path)?, *weight))
+    };
+    paths.iter().map(open).collect()
+}
+
+/// `format: pt` is what `transformers` insists on; the rest says where the file came from.
+fn metadata(options: &Options) -> BTreeMap<String, String> {
+    let name = |path: &Path| path.display().to_string();
+    let adapters: Vec<String> = options.adapters.iter().map(|(p, w)| format!("{}={w}", name(p))).collect();
+    BTreeMap::from([
+        ("format".to_owned(), "pt".to_owned()),
+        ("merged_by".to_owned(), concat!("relora-kit ", env!("CARGO_PKG_VERSION")).to_owned()),
+        ("base".to_owned(), name(&options.base)),
+        ("adapters".to_owned(), adapters.join(", ")),
+    ])
+}
+
+fn warn_of_losses(report: &MergeReport, progress: &Progress) {
+    let lossy: Vec<_> = report.tensors.iter().filter(|t| t.loses_more_than_allowed()).collect();
+    let Some(worst) = lossy.iter().min_by(|a, b| a.kept().total_cmp(&b.kept())) else { return };
+    progress.warn(&format!(
+        "{} of {} changed tensors lose more than {:.0}% of their delta to rounding; worst: '{}' keeps {:.1}% in {:?}; \
+         --dtype f32 would keep it",
+        lossy.len(),
+        report.tensors.len(),
+        100.0 * (1.0 - MIN_RETENTION),
+        worst.name,
+        100.0 * worst.kept(),
+        worst.dtype
+    ));
+}

@@ -1,0 +1,175 @@
+//! What a merge did, and how much of each delta survived.
+
+use super::{
+    MIN_RETENTION, Options,
+    apply::Sums,
+    plan::{Output, Plan, Term},
+};
+use crate::checkpoint::{Dtype, Writer};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// The result of a merge, or of its plan (`dry_run`).
+#[derive(Clone, Debug, Serialize)]
+pub struct MergeReport {
+    /// Version of this layout.
+    pub schema: u32,
+    /// The checkpoint that updates were added to.
+    pub base: PathBuf,
+    /// What was added, in order.
+    pub adapters: Vec<AdapterUse>,
+    /// The folder that was (or would be) created.
+    pub output: PathBuf,
+    /// Whether nothing was written.
+    pub dry_run: bool,
+    /// Every tensor that is not a copy, in the order of the base.
+    pub tensors: Vec<TensorResult>,
+    /// Over the whole model.
+    pub totals: Totals,
+}
+
+/// An adapter and its weight.
+#[derive(Clone, Debug, Serialize)]
+pub struct AdapterUse {
+    /// The folder.
+    pub path: PathBuf,
+    /// What its deltas were multiplied with.
+    pub weight: f64,
+}
+
+/// What happens to a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Deltas are added.
+    Merged,
+    /// Only the element type changes.
+    Recast,
+    /// Byte for byte.
+    Copied,
+}
+
+/// One tensor of the output.
+#[derive(Clone, Debug, Serialize)]
+pub struct TensorResult {
+    /// Name as stored.
+    pub name: String,
+    /// What happened to it.
+    pub action: Action,
+    /// Extents.
+    pub shape: Vec<usize>,
+    /// Element type in the base.
+    pub base_dtype: Dtype,
+    /// Element type in the output.
+    pub dtype: Dtype,
+    /// Sum of the ranks of its deltas.
+    pub rank: usize,
+    /// The file that holds it; absent in a dry run.
+    pub file: Option<String>,
+    /// How much of the delta survived rounding; absent in a dry run and where the delta is zero.
+    #[serde(flatten)]
+    pub retention: Option<Retention>,
+}
+
+/// How much of an intended delta dW survived rounding to the stored type. Q is the stored result.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Retention {
+    /// `||dW||`, Frobenius.
+    pub delta_norm: f64,
+    /// `<dW, Q - W> / ||dW||^2`: 1 when nothing is lost.
+    pub retention: f64,
+    /// `||Q - W - dW|| / ||dW||`: 0 when nothing is lost.
+    pub relative_error: f64,
+}
+
+/// Over the whole model.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Totals {
+    /// Tensors of the output.
+    pub tensors: usize,
+    /// Of these, with deltas added.
+    pub merged: usize,
+    /// Of these, only converted to another type.
+    pub recast: usize,
+    /// Of these, copied byte for byte.
+    pub copied: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// All deltas taken as one vector.
+    #[serde(flatten)]
+    pub retention: Option<Retention>,
+}
+
+impl TensorResult {
+    /// Share of the delta that was kept; 1 where there is nothing to lose.
+    pub fn kept(&self) -> f64 {
+        self.retention.map_or(1.0, |r| r.retention)
+    }
+
+    /// Whether a warning is due.
+    pub fn loses_more_than_allowed(&self) -> bool {
+        self.kept() < MIN_RETENTION
+    }
+}
+
+impl Retention {
+    fn new(sums: Sums) -> Option<Retention> {
+        (sums.delta > 0.0).then(|| Retention {
+            delta_norm: sums.delta.sqrt(),
+            retention: sums.kept / sums.delta,
+            relative_error: (sums.error / sums.delta).sqrt(),
+        })
+    }
+}
+
+fn action(output: &Output) -> Action {
+    match (output.is_copy(), output.terms.is_empty()) {
+        (true, _) => Action::Copied,
+        (_, true) => Action::Recast,
+        _ => Action::Merged,
+    }
+}
+
+/// Describes a plan, and with the sums of its tensors its outcome.
+pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Option<&Writer>) -> MergeReport {
+    let file = |name: &str| Some(writer?.shard_of(name)?.file_name()?.to_string_lossy().into_owned());
+    let mut totals = Totals { tensors: plan.outputs.len(), ..Totals::default() };
+    let (mut tensors, mut all) = (Vec::new(), Sums::default());
+    for (i, output) in plan.outputs.iter().enumerate() {
+        let (spec, action, sums) = (&output.spec, action(output), sums.get(i).copied().unwrap_or_default());
+        totals.bytes += spec.bytes();
+        match action {
+            Action::Merged => totals.merged += 1,
+            Action::Recast => totals.recast += 1,
+            Action::Copied => totals.copied += 1,
+        }
+        if action == Action::Copied {
+            continue;
+        }
+        all += sums;
+        tensors.push(TensorResult {
+            name: spec.name.clone(),
+            action,
+            shape: spec.shape.clone(),
+            base_dtype: output.source.dtype(),
+            dtype: spec.dtype,
+            rank: output.terms.iter().map(Term::rank).sum(),
+            file: file(&spec.name),
+            retention: Retention::new(sums),
+        });
+    }
+    totals.retention = Retention::new(all);
+    MergeReport {
+        schema: 1,
+        base: options.base.clone(),
+        adapters: options
+            .adapters
+            .iter()
+            .map(|(path, weight)| AdapterUse { path: path.clone(), weight: *weight })
+            .collect(),
+        output: options.output.clone(),
+        dry_run: options.dry_run,
+        tensors,
+        totals,
+    }
+}

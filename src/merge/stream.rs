@@ -1,0 +1,171 @@
+//! Carries out a plan: every worker takes the next piece in the order of the output, so that reading, computing and
+//! writing overlap and files grow from front to back.
+
+use super::{
+    apply::{self, Prepared, Scratch, Sums},
+    plan::{Output, Plan},
+};
+use crate::{
+    checkpoint::{Dtype, Writer},
+    delta::Real,
+    error::{Error, Result},
+    interrupt,
+    progress::Progress,
+    threads,
+};
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+use std::{
+    ops::Range,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+/// Elements of one block of rows. Large enough for BLAS to be fast, small enough to stay in the cache.
+const BLOCK: usize = 1 << 19;
+
+/// Bytes of one copied piece.
+const COPY: u64 = 16 << 20;
+
+/// A piece of work: rows of a changed tensor, or bytes of a copied one.
+enum Piece {
+    Rows(Range<usize>),
+    Bytes(Range<u64>),
+}
+
+/// Writes every tensor of the plan. Returns the sums of each, in the plan's order.
+pub(super) fn run(plan: &Plan, writer: &Writer, progress: &Progress) -> Result<Vec<Sums>> {
+    let pieces = split(plan);
+    let states: Vec<State> =
+        plan.outputs.iter().enumerate().map(|(i, _)| State::new(pieces.iter().filter(|p| p.0 == i).count())).collect();
+    let total = plan.outputs.iter().map(|o| o.spec.bytes()).sum();
+    let job = Job { plan, pieces, states, writer, next: AtomicUsize::new(0), bar: progress.bytes("merging", total) };
+    threads::with_serial_blas(|| (0..threads::count()).into_par_iter().with_max_len(1).try_for_each(|_| job.work()))?;
+    job.bar.finish_and_clear();
+    Ok(job.states.into_iter().map(|s| s.sums.into_inner().unwrap_or_default()).collect())
+}
+
+fn split(plan: &Plan) -> Vec<(usize, Piece)> {
+    let mut pieces = Vec::new();
+    for (i, output) in plan.outputs.iter().enumerate() {
+        if output.is_copy() {
+            let total = output.spec.bytes();
+            pieces.extend((0..total).step_by(COPY as usize).map(|at| (i, Piece::Bytes(at..total.min(at + COPY)))));
+        } else {
+            let (rows, columns) = output.matrix_shape();
+            let step = (BLOCK / columns.max(1)).max(1);
+            pieces.extend((0..rows).step_by(step).map(|at| (i, Piece::Rows(at..rows.min(at + step)))));
+        }
+    }
+    pieces
+}
+
+struct Job<'p, 'a> {
+    plan: &'p Plan<'a>,
+    pieces: Vec<(usize, Piece)>,
+    states: Vec<State>,
+    writer: &'p Writer,
+    next: AtomicUsize,
+    bar: ProgressBar,
+}
+
+/// What the blocks of one output share.
+struct State {
+    left: AtomicUsize,
+    single: Mutex<Option<Arc<Prepared<f32>>>>,
+    double: Mutex<Option<Arc<Prepared<f64>>>>,
+    sums: Mutex<Sums>,
+}
+
+impl State {
+    fn new(pieces: usize) -> Self {
+        State {
+            left: AtomicUsize::new(pieces),
+            single: Mutex::new(None),
+            double: Mutex::new(None),
+            sums: Mutex::default(),
+        }
+    }
+}
+
+impl Job<'_, '_> {
+    fn work(&self) -> Result<()> {
+        let (mut single, mut double) = (Scratch::<f32>::new(), Scratch::<f64>::new());
+        while let Some((i, piece)) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            interrupt::check()?;
+            let (output, state) = (&self.plan.outputs[*i], &self.states[*i]);
+            let result = match piece {
+                Piece::Bytes(bytes) => copy(output, bytes.clone(), self.writer),
+                Piece::Rows(rows) if output.source.dtype() == Dtype::F64 => {
+                    self.compute(output, rows, state, &state.double, &mut double)
+                }
+                Piece::Rows(rows) => self.compute(output, rows, state, &state.single, &mut single),
+            };
+            // The others stop at their next piece.
+            if result.is_err() {
+                self.next.store(self.pieces.len(), Ordering::Relaxed);
+            }
+            self.bar.inc(result?);
+            if state.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                lock(&state.single).take();
+                lock(&state.double).take();
+            }
+        }
+        Ok(())
+    }
+
+    fn compute<T: Real>(
+        &self,
+        output: &Output,
+        rows: &Range<usize>,
+        state: &State,
+        shared: &Mutex<Option<Arc<Prepared<T>>>>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<u64> {
+        let prepared = {
+            let mut shared = lock(shared);
+            match &*shared {
+                Some(prepared) => prepared.clone(),
+                None => shared.insert(Arc::new(Prepared::new(output)?)).clone(),
+            }
+        };
+        let sums = apply::rows(output, &prepared, rows.clone(), scratch)?;
+        *lock(&state.sums) += sums;
+        let row_bytes = output.matrix_shape().1 * output.spec.dtype.bitsize() / 8;
+        self.writer.write(&output.spec.name, (rows.start * row_bytes) as u64, &scratch.bytes)?;
+        Ok(scratch.bytes.len() as u64)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // A panic elsewhere ends the run anyway; the data behind these locks are never half-written.
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Copies bytes of an unchanged tensor inside the kernel, or through the mapping where the kernel cannot.
+fn copy(output: &Output, bytes: Range<u64>, writer: &Writer) -> Result<u64> {
+    let len = bytes.end - bytes.start;
+    let (file, path, at) = writer.claim(&output.spec.name, bytes.start, len)?;
+    let source = output.source;
+    let mut done = 0;
+    while done < len {
+        let (mut from, mut to) = (source.offset() + bytes.start + done, at + done);
+        match rustix::fs::copy_file_range(
+            source.file().file(),
+            Some(&mut from),
+            file,
+            Some(&mut to),
+            (len - done) as usize,
+        ) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => done += n as u64,
+        }
+    }
+    if done < len {
+        let rest = &source.bytes()[(bytes.start + done) as usize..bytes.end as usize];
+        std::os::unix::fs::FileExt::write_all_at(file, rest, at + done).map_err(|e| Error::io("write", path, e))?;
+    }
+    Ok(len)
+}
