@@ -11,9 +11,9 @@ pub mod threads;
 pub mod adapter;
 pub mod checkpoint;
 pub mod delta;
-pub mod run;
 pub mod inspect;
 pub mod merge;
+pub mod run;
 pub mod spectrum;
 pub mod verify;
 

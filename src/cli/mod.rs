@@ -2,6 +2,7 @@
 
 mod completions;
 mod eval;
+mod merge;
 mod spectrum;
 mod tokenize;
 mod train;
@@ -72,6 +73,7 @@ pub struct Output {
 
 #[derive(Subcommand)]
 enum Command {
+    Merge(merge::Args),
     Spectrum(Box<spectrum::Args>),
     Verify(verify::Args),
     Train(train::Args),
@@ -127,6 +129,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     let progress = Progress::stderr(global.progress == ProgressWhen::Auto && !global.quiet, verbosity);
     let _ = (&progress, global.color == When::Never);
     match cli.command {
+        Command::Merge(args) => args.run(&progress),
         Command::Spectrum(args) => args.run(&progress),
         Command::Verify(args) => args.run(&progress),
         Command::Train(args) => args.run(&progress),

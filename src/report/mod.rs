@@ -1,5 +1,6 @@
 //! Results -> table, JSON, CSV or Markdown. Computes nothing.
 
+mod merge;
 pub mod spectrum;
 pub mod table;
 mod train;

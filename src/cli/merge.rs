@@ -1,0 +1,145 @@
+//! `relora-kit merge`
+
+use super::Outcome;
+use crate::{
+    checkpoint::Dtype,
+    error::{Error, Result},
+    merge::{self, Options},
+    progress::Progress,
+    report::{self, Format, units},
+};
+use std::path::{Path, PathBuf};
+
+/// Add adapters to a checkpoint: complete or refused, and measured
+///
+/// W' = round(W + sum of WEIGHT * scale * B @ A), computed in f32 and rounded once; every other tensor is copied byte for
+/// byte. Every tensor of every adapter must find its target. The report says how much of each delta survived rounding.
+/// Without an adapter the checkpoint is only recast and resharded.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  relora-kit merge --base llama --adapter my-lora -o merged
+  relora-kit merge --base run/base --adapter 'run/cycles/*' -o merged
+  relora-kit merge --base llama --adapter style=0.7 --adapter facts=0.3 --dtype bf16 -o merged
+  relora-kit merge --base merged --adapter my-lora=-1 -o without
+  relora-kit merge --base llama --adapter my-lora -o merged --dry-run --format json
+  relora-kit merge --base llama --dtype bf16 --max-shard-size 2GB -o llama-bf16")]
+pub struct Args {
+    /// The checkpoint that deltas are added to: a folder or a .safetensors file
+    #[arg(long, value_name = "CKPT")]
+    base: PathBuf,
+    /// PEFT adapters, added in this order; a glob takes all matches in sorted order, a negative weight un-merges
+    #[arg(long, value_name = "ADAPTER[=WEIGHT]", num_args = 1.., allow_negative_numbers = true)]
+    adapter: Vec<String>,
+    /// The folder to create
+    #[arg(short, long, value_name = "FOLDER")]
+    output: PathBuf,
+    /// Type of all floating point tensors of the output
+    #[arg(long, value_enum, default_value_t)]
+    dtype: TargetDtype,
+    /// A new file begins before it would exceed this size
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
+    max_shard_size: u64,
+    /// Plan and check everything, but write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Replace the output folder if it exists
+    #[arg(long)]
+    force: bool,
+    /// How the report is printed
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum TargetDtype {
+    /// Each tensor's own
+    #[default]
+    Keep,
+    F32,
+    F16,
+    Bf16,
+}
+
+impl TargetDtype {
+    fn dtype(self) -> Option<Dtype> {
+        match self {
+            TargetDtype::Keep => None,
+            TargetDtype::F32 => Some(Dtype::F32),
+            TargetDtype::F16 => Some(Dtype::F16),
+            TargetDtype::Bf16 => Some(Dtype::BF16),
+        }
+    }
+}
+
+impl Args {
+    pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        let adapters: Vec<Vec<(PathBuf, f64)>> =
+            self.adapter.iter().map(|a| parse_adapter(a)).collect::<Result<_>>()?;
+        let options = Options {
+            base: self.base,
+            adapters: adapters.concat(),
+            output: self.output,
+            dtype: self.dtype.dtype(),
+            max_shard_size: self.max_shard_size,
+            force: self.force,
+            dry_run: self.dry_run,
+        };
+        let result = merge::run(&options, progress)?;
+        report::emit(&result, self.format, None, false)?;
+        Ok(Outcome::Yes)
+    }
+}
+
+/// Reads `ADAPTER[=WEIGHT]`. What exists as written is a path, even if it holds `=` or `*`.
+fn parse_adapter(text: &str) -> Result<Vec<(PathBuf, f64)>> {
+    if Path::new(text).exists() {
+        return Ok(vec![(text.into(), 1.0)]);
+    }
+    let (path, weight) = match text.rsplit_once('=') {
+        Some((path, weight)) => {
+            let parsed = weight.parse().map_err(|_| {
+                Error::request(format!("--adapter '{text}': the weight '{weight}' is not a number"))
+                    .help("write ADAPTER=WEIGHT, for example my-lora=0.5")
+            })?;
+            (path, parsed)
+        }
+        None => (text, 1.0),
+    };
+    let is_glob = path.contains(['*', '?', '[']) && !Path::new(path).exists();
+    if !is_glob {
+        return Ok(vec![(path.into(), weight)]);
+    }
+    let matches = glob::glob(path).map_err(|e| Error::request(format!("--adapter '{path}' is not a glob: {e}")))?;
+    let found = matches
+        .map(|path| path.map_err(|e| Error::io("read", e.path(), std::io::Error::from(e.error().kind()))))
+        .collect::<Result<Vec<_>>>()?;
+    if found.is_empty() {
+        return Err(Error::request(format!("--adapter '{path}' matches nothing")).help("check the path"));
+    }
+    Ok(found.into_iter().map(|path| (path, weight)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_and_globs_are_read_and_sorted() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["cycle-002", "cycle-001", "cycle-010", "a=b"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let parse = |text: &str| {
+            let found = parse_adapter(&format!("{}/{text}", dir.path().display())).unwrap();
+            let name = |p: PathBuf| p.file_name().unwrap().to_string_lossy().into_owned();
+            found.into_iter().map(|(p, w)| (name(p), w)).collect::<Vec<_>>()
+        };
+        let cycles = |w| ["cycle-001", "cycle-002", "cycle-010"].map(|n| (n.to_owned(), w)).to_vec();
+        assert_eq!(parse("cycle-*"), cycles(1.0));
+        assert_eq!(parse("cycle-*=-1"), cycles(-1.0));
+        assert_eq!(parse("cycle-001=0.5"), [("cycle-001".to_owned(), 0.5)]);
+        assert_eq!(parse("a=b"), [("a=b".to_owned(), 1.0)]);
+        assert!(parse_adapter("nowhere/*").unwrap_err().message.contains("matches nothing"));
+        assert!(parse_adapter("x=heavy").unwrap_err().message.contains("'heavy' is not a number"));
+    }
+}

@@ -1,0 +1,75 @@
+//! `merge`: the tensors that changed, and how much of their deltas survived rounding.
+
+use super::{
+    Report,
+    spectrum::{number, plural},
+    table::Table,
+    units,
+};
+use crate::merge::{Action, MergeReport, Retention, TensorResult};
+
+impl Report for MergeReport {
+    fn tables(&self) -> Vec<Table> {
+        let title = match self.dry_run {
+            true => "Planned changes; nothing was written",
+            false => "Changed tensors; retention is the share of the delta that survived rounding",
+        };
+        let header =
+            ["tensor", "action", "shape", "from", "to", "rank", "delta norm", "retention", "relative error", "file"];
+        let mut table = Table::new(title, &header);
+        self.tensors.iter().for_each(|t| table.row(row(t)));
+        if self.tensors.is_empty() { Vec::new() } else { vec![table] }
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        let totals = &self.totals;
+        let mut remarks = vec![format!(
+            "{}, {}: {} merged, {} recast, {} copied",
+            plural(totals.tensors, "tensor"),
+            units::bytes(totals.bytes),
+            totals.merged,
+            totals.recast,
+            totals.copied
+        )];
+        if let Some(r) = &totals.retention {
+            remarks.push(format!(
+                "retention of the whole update: {} (relative error {}, norm {})",
+                percent(r.retention),
+                number(r.relative_error),
+                number(r.delta_norm)
+            ));
+        }
+        let output = self.output.display();
+        remarks.push(match self.dry_run {
+            true => format!("dry run: '{output}' was not written"),
+            false => format!("written to '{output}'"),
+        });
+        remarks
+    }
+}
+
+fn row(t: &TensorResult) -> Vec<String> {
+    let of = |show: fn(&Retention) -> String| t.retention.as_ref().map_or_else(String::new, show);
+    let action = match t.action {
+        Action::Merged => "merged",
+        Action::Recast => "recast",
+        Action::Copied => "copied",
+    };
+    vec![
+        t.name.clone(),
+        action.into(),
+        format!("{:?}", t.shape),
+        format!("{:?}", t.base_dtype),
+        format!("{:?}", t.dtype),
+        if t.rank > 0 { t.rank.to_string() } else { String::new() },
+        of(|r| number(r.delta_norm)),
+        of(|r| percent(r.retention)),
+        of(|r| number(r.relative_error)),
+        t.file.clone().unwrap_or_default(),
+    ]
+}
+
+/// Two decimals: what matters is 99.9 or 60.
+fn percent(share: f64) -> String {
+    format!("{:.2}%", 100.0 * share)
+}

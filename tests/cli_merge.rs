@@ -1,0 +1,344 @@
+//! `relora-kit merge`: what it writes, what it refuses, and what it leaves behind.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{entries, f32_bytes, refused, run, write_raw, write_tensors};
+use relora_kit::{
+    adapter::{AdapterConfig, NewModule, save},
+    checkpoint::Checkpoint,
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+const Q: &str = "model.layers.0.self_attn.q_proj";
+
+/// `model.safetensors` with q_proj [4, 3] and a norm [3], and a rank 2 adapter for q_proj.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new() -> Small {
+        let small = Small(tempfile::tempdir().unwrap());
+        small.write_base(&[1.0; 12]);
+        small.write_adapter(Q, 2, 4, 3, &[0.5; 6], &[0.25; 8]);
+        small
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write_base(&self, q: &[f32]) {
+        let base = self.path("base");
+        fs::create_dir_all(&base).unwrap();
+        fs::write(base.join("config.json"), "{\"model_type\": \"llama\"}").unwrap();
+        write_tensors(
+            &base.join("model.safetensors"),
+            &[
+                (&format!("{Q}.weight"), "F32", &[4, 3], f32_bytes(q)),
+                ("model.norm.weight", "F32", &[3], f32_bytes(&[1.0, 2.0, 3.0])),
+            ],
+        );
+    }
+
+    fn write_adapter(&self, name: &str, r: usize, out: usize, inputs: usize, a: &[f32], b: &[f32]) {
+        let folder = self.path("adapter");
+        fs::create_dir_all(&folder).unwrap();
+        let mut config = AdapterConfig::new(r, 2.0 * r as f64, &["q_proj"]);
+        config.base_model_name_or_path = Some("some/other-model".into());
+        save(&folder, &config, &[NewModule { name, r, out_features: out, in_features: inputs, a, b }]).unwrap();
+    }
+
+    fn args(&self, more: &[&str]) -> Vec<String> {
+        let mut args = vec!["merge".to_owned()];
+        for (flag, name) in [("--base", "base"), ("--adapter", "adapter"), ("-o", "out")] {
+            args.extend([flag.to_owned(), self.path(name).display().to_string()]);
+        }
+        args.extend(more.iter().map(|s| (*s).to_owned()));
+        args
+    }
+
+    /// Exit code 2, the sentence, and no output.
+    #[track_caller]
+    fn refuses(&self, parts: &[&str]) {
+        let before = entries(self.0.path());
+        refused(self.args(&[]), 2, parts);
+        assert_eq!(entries(self.0.path()), before);
+    }
+}
+
+fn values(model: &Path, name: &str) -> Vec<f32> {
+    Checkpoint::open(model).unwrap().tensor(name).unwrap().to_f32().unwrap().into_owned()
+}
+
+#[test]
+fn merge_adds_the_scaled_delta_and_copies_the_rest() {
+    let small = Small::new();
+    let (code, stdout, stderr) = run(small.args(&["--format", "json"]));
+    assert_eq!(code, 0, "{stderr}");
+    // 1 + 2 * (2 * 0.25 * 0.5)
+    assert_eq!(values(&small.path("out"), &format!("{Q}.weight")), [1.5; 12]);
+    assert_eq!(values(&small.path("out"), "model.norm.weight"), [1.0, 2.0, 3.0]);
+    let config = |folder| fs::read(small.path(folder).join("config.json")).unwrap();
+    assert_eq!(config("out"), config("base"));
+    let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["totals"]["merged"], 1);
+    assert_eq!(report["totals"]["copied"], 1);
+    assert_eq!(report["tensors"][0]["retention"], 1.0);
+    assert_eq!(entries(small.0.path()), ["adapter", "base", "out"]);
+}
+
+#[test]
+fn every_format_names_the_merged_tensor() {
+    let small = Small::new();
+    for format in ["table", "csv", "markdown"] {
+        let (code, stdout, stderr) = run(small.args(&["--force", "--format", format]));
+        assert_eq!(code, 0, "{stderr}");
+        assert!(stdout.contains(&format!("{Q}.weight")) && stdout.contains("100.00%"), "{stdout}");
+    }
+}
+
+#[test]
+fn a_dry_run_writes_nothing() {
+    let small = Small::new();
+    let (code, stdout, _) = run(small.args(&["--dry-run"]));
+    assert_eq!(code, 0);
+    assert!(stdout.contains("nothing was written") && stdout.contains("1 merged"), "{stdout}");
+    assert_eq!(entries(small.0.path()), ["adapter", "base"]);
+}
+
+#[test]
+fn a_negative_weight_takes_a_merge_back() {
+    let small = Small::new();
+    assert_eq!(run(small.args(&[])).0, 0);
+    let (merged, adapter, back) = (small.path("out"), small.path("adapter"), small.path("back"));
+    let adapter = format!("{}=-1", adapter.display());
+    let args = ["merge", "--base", merged.to_str().unwrap(), "--adapter", &adapter, "-o", back.to_str().unwrap()];
+    let (code, _, stderr) = run(args);
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(values(&back, &format!("{Q}.weight")), [1.0; 12]);
+}
+
+#[test]
+fn without_an_adapter_the_checkpoint_is_recast_and_resharded() {
+    let small = Small::new();
+    let (base, out) = (small.path("base"), small.path("out"));
+    let args = ["merge", "--base", base.to_str().unwrap(), "-o", out.to_str().unwrap()];
+    let (code, stdout, stderr) = run(args.iter().chain(&["--dtype", "bf16", "--max-shard-size", "24B"]));
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("2 recast"), "{stdout}");
+    assert!(entries(&out).contains(&"model-00002-of-00002.safetensors".to_owned()), "{:?}", entries(&out));
+    assert_eq!(values(&out, "model.norm.weight"), [1.0, 2.0, 3.0]);
+}
+
+#[test]
+fn a_delta_that_rounding_destroys_is_reported() {
+    let small = Small::new();
+    // bf16 has steps of 2^-7 above 1: a delta of 2^-12 vanishes.
+    small.write_adapter(Q, 2, 4, 3, &[0.5; 6], &[f32::powi(2.0, -13); 8]);
+    let (code, stdout, stderr) = run(small.args(&["--dtype", "bf16"]));
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("0.00%"), "{stdout}");
+    assert!(stderr.contains("warning: ") && stderr.contains("--dtype f32"), "{stderr}");
+}
+
+#[test]
+fn a_missing_base_is_refused() {
+    let small = Small::new();
+    fs::remove_dir_all(small.path("base")).unwrap();
+    small.refuses(&["base", "No such file", "help: "]);
+}
+
+#[test]
+fn a_truncated_file_is_refused_with_the_first_tensor_affected() {
+    let small = Small::new();
+    let file = small.path("base").join("model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes[..bytes.len() - 4]).unwrap();
+    small.refuses(&["model.safetensors", "cut short", "model.norm.weight", "help: "]);
+}
+
+#[test]
+fn a_header_longer_than_the_file_is_refused() {
+    let small = Small::new();
+    fs::write(small.path("base").join("model.safetensors"), (1u64 << 20).to_le_bytes()).unwrap();
+    small.refuses(&["model.safetensors", "claims 1048576 bytes", "holds 0 after it"]);
+}
+
+#[test]
+fn overlapping_tensors_and_wrong_sizes_are_refused() {
+    let small = Small::new();
+    let file = small.path("base").join("model.safetensors");
+    let entry = |shape: &str, at: &str| format!(r#"{{"dtype":"F32","shape":{shape},"data_offsets":{at}}}"#);
+    write_raw(&file, &format!(r#"{{"a":{},"b":{}}}"#, entry("[2]", "[0,8]"), entry("[2]", "[4,12]")), &[0; 12]);
+    small.refuses(&["'b'", "overlaps 'a'"]);
+    write_raw(&file, &format!(r#"{{"a":{}}}"#, entry("[3]", "[0,8]")), &[0; 8]);
+    small.refuses(&["'a'", "needs 12 bytes, its offsets span 8"]);
+}
+
+#[test]
+fn an_index_that_names_a_missing_shard_is_refused() {
+    let small = Small::new();
+    let index = r#"{"weight_map": {"w": "model-00001-of-00002.safetensors"}}"#;
+    fs::write(small.path("base").join("model.safetensors.index.json"), index).unwrap();
+    small.refuses(&["model-00001-of-00002.safetensors", "does not exist", "help: "]);
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused_with_its_orphans() {
+    let small = Small::new();
+    small.write_adapter("transformer.h.0.attn.c_attn", 2, 4, 3, &[0.5; 6], &[0.25; 8]);
+    let orphan = "transformer.h.0.attn.c_attn.lora_A.weight";
+    small.refuses(&["2 of 2 tensors", "match nothing", orphan, "trained on 'some/other-model'"]);
+}
+
+#[test]
+fn a_wrong_shape_is_refused_with_both_shapes() {
+    let small = Small::new();
+    small.write_adapter(Q, 2, 5, 3, &[0.5; 6], &[0.25; 10]);
+    small.refuses(&[Q, "[4, 3]", "[5, 3]", "adapter_model.safetensors"]);
+}
+
+#[test]
+fn rank_zero_is_refused() {
+    let small = Small::new();
+    let adapter = small.path("adapter");
+    AdapterConfig::new(0, 1.0, &["q_proj"]).write(&adapter.join("adapter_config.json")).unwrap();
+    small.refuses(&[Q, "rank 0"]);
+}
+
+#[test]
+fn nan_is_named_with_its_place_wherever_it_is() {
+    let small = Small::new();
+    let mut q = [1.0; 12];
+    q[7] = f32::NAN;
+    small.write_base(&q);
+    small.refuses(&[Q, "base", "NaN at [2, 1]", "help: "]);
+    small.write_base(&[1.0; 12]);
+    let mut a = [0.5; 6];
+    a[4] = f32::NAN;
+    small.write_adapter(Q, 2, 4, 3, &a, &[0.25; 8]);
+    small.refuses(&["lora_A.weight", "NaN at [1, 1]", "help: "]);
+}
+
+#[test]
+fn an_existing_output_is_refused_without_force() {
+    let small = Small::new();
+    fs::create_dir(small.path("out")).unwrap();
+    small.refuses(&["out", "exists already", "--force"]);
+    assert_eq!(run(small.args(&["--force"])).0, 0);
+    assert_eq!(entries(small.0.path()), ["adapter", "base", "out"]);
+}
+
+#[test]
+fn wrong_weights_and_globs_without_a_match_are_refused() {
+    let small = Small::new();
+    let base = small.path("base").display().to_string();
+    let out = small.path("out").display().to_string();
+    for (adapter, part) in [("adapter=heavy", "'heavy' is not a number"), ("nowhere/*", "matches nothing")] {
+        refused(["merge", "--base", &base, "--adapter", adapter, "-o", &out], 2, &[part, "help: "]);
+    }
+    let weightless = format!("{}=0", small.path("adapter").display());
+    refused(["merge", "--base", &base, "--adapter", &weightless, "-o", &out], 2, &["weight 0"]);
+}
+
+/// A base that takes long enough to be interrupted: 192 MiB in many tensors, and a rank 64 adapter for each.
+fn large() -> Small {
+    let small = Small(tempfile::tempdir().unwrap());
+    let (m, tensors, r) = (1024, 48, 64);
+    let names: Vec<String> = (0..tensors).map(|i| format!("model.layers.{i}.mlp.up_proj")).collect();
+    let base = small.path("base");
+    fs::create_dir_all(&base).unwrap();
+    let weights: Vec<String> = names.iter().map(|n| format!("{n}.weight")).collect();
+    let bytes = f32_bytes(&vec![1.0; m * m]);
+    let tensors: Vec<_> = weights.iter().map(|n| (n.as_str(), "F32", &[m, m][..], bytes.clone())).collect();
+    write_tensors(&base.join("model.safetensors"), &tensors);
+    let factor = vec![0.01; m * r];
+    let modules: Vec<_> = names
+        .iter()
+        .map(|name| NewModule { name, r, out_features: m, in_features: m, a: &factor, b: &factor })
+        .collect();
+    fs::create_dir_all(small.path("adapter")).unwrap();
+    save(&small.path("adapter"), &AdapterConfig::new(r, 1.0, &["up_proj"]), &modules).unwrap();
+    small
+}
+
+fn program() -> PathBuf {
+    assert_cmd::cargo::cargo_bin("relora-kit")
+}
+
+#[test]
+fn ctrl_c_during_a_merge_exits_with_3_and_leaves_nothing() {
+    let small = large();
+    let mut child =
+        Command::new(program()).args(small.args(&[])).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let start = std::time::Instant::now();
+    // The temporary folder shows that writing has begun.
+    while entries(small.0.path()).len() < 3 {
+        assert!(start.elapsed() < Duration::from_secs(60), "nothing was written for a minute");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("sh").args(["-c", &format!("kill -INT {}", child.id())]).status().unwrap().success());
+    let code = child.wait().unwrap().code();
+    let mut stderr = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut stderr).unwrap();
+    if code == Some(0) {
+        println!("skipped: the merge was faster than the signal");
+        return;
+    }
+    assert_eq!(code, Some(3), "{stderr}");
+    assert!(stderr.contains("error: interrupted"), "{stderr}");
+    assert_eq!(entries(small.0.path()), ["adapter", "base"]);
+}
+
+#[test]
+fn a_killed_merge_leaves_no_output_or_a_complete_one() {
+    let small = large();
+    let whole = fs::metadata(small.path("base").join("model.safetensors")).unwrap().len();
+    for milliseconds in (0..200).step_by(20) {
+        let mut child = Command::new(program())
+            .args(small.args(&["--force"]))
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let output = small.path("out");
+        if output.exists() {
+            let model = Checkpoint::open(&output).unwrap();
+            assert_eq!(model.len(), 48);
+            assert!(fs::metadata(output.join("model.safetensors")).unwrap().len() >= whole);
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_exits_with_3_and_leaves_nothing() {
+    let small = large();
+    let mount = small.path("disk");
+    fs::create_dir(&mount).unwrap();
+    // A mount namespace of its own: the disk is gone when the shell ends, whatever happens.
+    let script = format!(
+        "mount -t tmpfs -o size=1m tmpfs {mount:?} || exit 77
+         {program:?} merge --base {base:?} --adapter {adapter:?} -o {mount:?}/out
+         echo exit code $?
+         find {mount:?} -mindepth 1",
+        program = program(),
+        base = small.path("base"),
+        adapter = small.path("adapter"),
+    );
+    let output = Command::new("unshare").args(["--map-root-user", "--mount", "sh", "-c", &script]).output();
+    let Some(output) = output.ok().filter(|o| o.status.success()) else {
+        println!("skipped: mounting a tmpfs in a namespace is not permitted here");
+        return;
+    };
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(stderr.contains("No space left on device") && stderr.contains("help: "), "{stderr}");
+    assert_eq!(stdout.trim(), "exit code 3", "{stdout}{stderr}");
+}

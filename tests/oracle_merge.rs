@@ -1,0 +1,216 @@
+//! Merges compared with PEFT's own, tensor by tensor: 4 units in the last place of the larger of base and delta in f32, one
+//! of the stored type in f16 and bf16.
+#![allow(missing_docs)]
+
+mod common;
+
+use relora_kit::{
+    checkpoint::{Checkpoint, Dtype, TensorSpec, Writer, dtype},
+    merge::{self, MAX_SHARD_SIZE, Options},
+    progress::Progress,
+};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+fn merged(base: &Path, adapters: &[(PathBuf, f64)]) -> (tempfile::TempDir, Checkpoint) {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        base: base.to_owned(),
+        adapters: adapters.to_vec(),
+        output: dir.path().join("out"),
+        dtype: None,
+        max_shard_size: MAX_SHARD_SIZE,
+        force: false,
+        dry_run: false,
+    };
+    merge::run(&options, &Progress::hidden()).unwrap_or_else(|e| panic!("{}: {e}", base.display()));
+    let model = Checkpoint::open(&options.output).unwrap();
+    (dir, model)
+}
+
+fn values(checkpoint: &Checkpoint, name: &str) -> Vec<f64> {
+    let tensor = checkpoint.tensor(name).unwrap();
+    let mut values = vec![0.0; tensor.elements()];
+    tensor.read_f64(0, &mut values).unwrap();
+    values
+}
+
+/// Compares every tensor with PEFT's file. `slack` is the number of roundings that PEFT makes and we do not.
+fn compare(case: &str, base: &Checkpoint, ours: &Checkpoint, theirs: &Checkpoint, slack: f64) {
+    let names = |c: &Checkpoint| c.tensors().map(|t| t.name().to_owned()).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(names(ours), names(theirs), "{case}");
+    for tensor in theirs.tensors() {
+        let name = tensor.name();
+        let mine = ours.tensor(name).unwrap();
+        assert_eq!((mine.dtype(), mine.shape()), (tensor.dtype(), tensor.shape()), "{case}: {name}");
+        let (mine, theirs) = (values(ours, name), values(theirs, name));
+        let before = base.get(name).map_or_else(|| theirs.clone(), |_| values(base, name));
+        let units = slack + if tensor.dtype() == Dtype::F32 { 4.0 } else { 1.0 };
+        for (i, ((x, y), w)) in mine.iter().zip(&theirs).zip(&before).enumerate() {
+            let scale = w.abs().max((y - w).abs()).max(y.abs());
+            let limit = units * dtype::ulp(tensor.dtype(), scale);
+            assert!((x - y).abs() <= limit, "{case}: '{name}' at {i}: {x}, PEFT has {y}, limit {limit:e}");
+        }
+    }
+}
+
+/// Merges a case of `merge_tiny` and compares it with `merged/`.
+fn tiny(case: &str, adapters: &[(&str, f64)], slack: f64) {
+    let Some(oracles) = common::oracles() else { return };
+    let folder = oracles.join("merge_tiny").join(case);
+    let expected: Value = serde_json::from_slice(&fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let base = folder.join(expected["base"].as_str().unwrap());
+    let adapters: Vec<_> = adapters.iter().map(|(name, weight)| (folder.join(name), *weight)).collect();
+    let (dir, ours) = merged(&base, &adapters);
+    let theirs = Checkpoint::open(&folder.join("merged")).unwrap();
+    compare(case, &Checkpoint::open(&base).unwrap(), &ours, &theirs, slack);
+    let config = fs::read(dir.path().join("out/config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let tied = expected["merged_config_tie_word_embeddings"].as_bool().unwrap();
+    let default = !theirs.tensors().any(|t| t.name() == "lm_head.weight");
+    assert_eq!(config["tie_word_embeddings"].as_bool().unwrap_or(default), tied, "{case}: tie_word_embeddings");
+}
+
+macro_rules! tiny_cases {
+    ($($test:ident: $case:literal $(, $adapters:expr, $slack:literal)?;)*) => {
+        $(#[test]
+        fn $test() {
+            #[allow(unused_mut, unused_assignments)]
+            let (mut adapters, mut slack): (&[(&str, f64)], f64) = (&[("adapter", 1.0)], 0.0);
+            $((adapters, slack) = ($adapters, $slack);)?
+            tiny($case, adapters, slack);
+        })*
+    };
+}
+
+tiny_cases! {
+    plain: "01_plain";
+    plain_tied: "01_plain_tied";
+    rslora: "02_rslora";
+    patterns: "03_patterns";
+    conv1d: "09_conv1d";
+    bf16_base: "10_bf16_base";
+    bf16_both: "10_bf16_both";
+    f16_base: "10_f16_base";
+    f32_base_bf16_adapter: "10_f32_base_bf16_adapter";
+    weighted_linear_combined: "11a_weighted_linear";
+    weighted_cat_combined: "11b_weighted_cat";
+    weighted_cat: "11b_weighted_cat", &[("adapter_a", 0.7), ("adapter_b", -0.5)], 0.0;
+    weighted_svd_combined: "11c_weighted_svd";
+    two_adapters: "11d_two_active", &[("adapter_a", 1.0), ("adapter_b", 1.0)], 0.0;
+    layers_to_transform: "14_layers_to_transform";
+    regex_targets: "15_regex_targets";
+}
+
+/// SplitMix64 over the hash of the name, as the reference's README defines it.
+fn base_values(name: &str, count: usize, seed: u64) -> Vec<f32> {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let state = hash ^ seed.wrapping_mul(GOLDEN);
+    (1..=count as u64)
+        .map(|i| {
+            let mut z = state.wrapping_add(i.wrapping_mul(GOLDEN));
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^= z >> 31;
+            ((z >> 40) as f64 - 8_388_608.0) as f32 / 8_388_608.0
+        })
+        .collect()
+}
+
+#[test]
+fn the_recipe_of_the_bases_gives_the_values_of_its_readme() {
+    let expected = [0.34664249420166016, 0.962457537651062, -0.10923564434051514, 0.26694929599761963];
+    assert_eq!(base_values("model.norm.weight", 4, 77), expected);
+}
+
+/// Builds the base that `spec` describes in `folder`.
+fn build_base(spec: &Value, folder: &Path) {
+    let stored = dtype::parse_float(spec["dtype"].as_str().unwrap()).unwrap();
+    let seed = spec["seed"].as_u64().unwrap();
+    let mut specs = Vec::new();
+    for tensors in spec["shards"].as_object().unwrap().values() {
+        for entry in tensors.as_array().unwrap() {
+            let shape = entry[1].as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize).collect();
+            specs.push(TensorSpec { name: entry[0].as_str().unwrap().into(), dtype: stored, shape });
+        }
+    }
+    fs::create_dir_all(folder).unwrap();
+    fs::write(folder.join("config.json"), serde_json::to_vec(&spec["config"]).unwrap()).unwrap();
+    let writer = Writer::create(folder, &specs, u64::MAX, &BTreeMap::new()).unwrap();
+    for spec in &specs {
+        let norm = spec.shape.len() == 1 && spec.name.ends_with(".weight");
+        let value = |x: f32| if norm { 1.0 + f64::from(x) / 8.0 } else { f64::from(x) / 16.0 };
+        let count = spec.shape.iter().product();
+        let values: Vec<f32> = base_values(&spec.name, count, seed).into_iter().map(|x| value(x) as f32).collect();
+        writer.write_f32(&spec.name, stored, &values).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// Compares with the fingerprints of `expected`: the flat dot product, the norm, the first and last values.
+fn compare_fingerprints(case: &str, ours: &Checkpoint, expected: &Value) {
+    for (name, print) in expected["tensors"].as_object().unwrap() {
+        let Some(tensor) = ours.get(name) else {
+            let aliased = print["in_file"].as_bool() == Some(false)
+                || expected["state_dict_aliases"].to_string().contains(&format!("\"{name}\""));
+            assert!(aliased, "{case}: '{name}' is missing");
+            continue;
+        };
+        let values = values(ours, name);
+        let l2 = values.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let u = |i: usize| f64::from((i as u32).wrapping_mul(2_654_435_761)) / 4_294_967_296.0 - 0.5;
+        let dot: f64 = values.iter().enumerate().map(|(i, x)| x * u(i)).sum();
+        // Every element may be off by the units allowed; the errors add up like a random walk, with room.
+        let units = if tensor.dtype() == Dtype::F32 { 4.0 } else { 1.0 };
+        let unit = units * dtype::ulp(tensor.dtype(), l2 / (values.len() as f64).sqrt());
+        let limit = 4.0 * unit * (values.len() as f64).sqrt();
+        for (what, found) in [("l2", l2), ("dot", dot)] {
+            let expected = print[what].as_f64().unwrap();
+            assert!((found - expected).abs() <= limit, "{case}: {what} of '{name}' is {found}, expected {expected}");
+        }
+        let ends = values.len().min(8);
+        for (what, found) in [("first8", &values[..ends]), ("last8", &values[values.len() - ends..])] {
+            for (x, y) in found.iter().zip(print[what].as_array().unwrap()) {
+                let y = y.as_f64().unwrap();
+                let limit = units * dtype::ulp(tensor.dtype(), x.abs().max(y.abs()).max(1.0 / 16.0));
+                assert!((x - y).abs() <= limit, "{case}: {what} of '{name}': {x}, expected {y}");
+            }
+        }
+    }
+}
+
+#[test]
+fn real_adapters_on_shortened_models() {
+    let Some(oracles) = common::oracles() else { return };
+    for case in REAL {
+        for kind in ["f32", "bf16"] {
+            let folder = oracles.join("merge_real").join(case).join("mini");
+            let base = folder.join(format!("base_{kind}"));
+            let (_dir, ours) = merged(&base, &[(folder.join("adapter"), 1.0)]);
+            let theirs = Checkpoint::open(&folder.join(format!("merged_{kind}"))).unwrap();
+            compare(case, &Checkpoint::open(&base).unwrap(), &ours, &theirs, 0.0);
+        }
+    }
+}
+
+#[test]
+fn real_adapters_on_two_layers() {
+    let Some(oracles) = common::oracles() else { return };
+    for case in REAL {
+        for kind in ["f32", "bf16"] {
+            let folder = oracles.join("merge_real").join(case).join("trunc2");
+            let read = |name: String| serde_json::from_slice::<Value>(&fs::read(folder.join(name)).unwrap()).unwrap();
+            let base = tempfile::tempdir().unwrap();
+            build_base(&read(format!("base_spec_{kind}.json")), base.path());
+            let (_dir, ours) = merged(base.path(), &[(folder.join("adapter"), 1.0)]);
+            compare_fingerprints(case, &ours, &read(format!("expected_{kind}.json")));
+        }
+    }
+}
+
+const REAL: [&str; 3] = ["bert_hareshjethani", "gpt2_anirudh_ak", "opt_guilhermmeabreu"];
