@@ -254,8 +254,8 @@ fn large() -> Small {
     let base = small.path("base");
     fs::create_dir_all(&base).unwrap();
     let weights: Vec<String> = names.iter().map(|n| format!("{n}.weight")).collect();
-    let bytes = f32_bytes(&vec![1.0; m * m]);
-    let tensors: Vec<_> = weights.iter().map(|n| (n.as_str(), "F32", &[m, m][..], bytes.clone())).collect();
+    let (shape, bytes) = ([m, m], f32_bytes(&vec![1.0; m * m]));
+    let tensors: Vec<_> = weights.iter().map(|n| (n.as_str(), "F32", &shape[..], bytes.clone())).collect();
     write_tensors(&base.join("model.safetensors"), &tensors);
     let factor = vec![0.01; m * r];
     let modules: Vec<_> = names

@@ -20,7 +20,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("adapter", &["checkpoint"]),
     ("delta", &["adapter", "checkpoint"]),
     ("run", &[]),
-    ("inspect", &["adapter", "checkpoint"]),
+    ("inspect", &["adapter", "checkpoint", "delta"]),
     ("merge", &["adapter", "checkpoint", "delta"]),
     ("spectrum", &["adapter", "checkpoint", "delta", "run"]),
     ("verify", &["adapter", "checkpoint", "delta", "run", "spectrum"]),
@@ -35,7 +35,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli", "report"]),
     ("memmap2", &["checkpoint"]),
-    ("indicatif", &["progress", "report", "train"]),
+    ("indicatif", &["merge", "progress", "report", "train"]),
     ("comfy_table", &["report"]),
     ("candle_core", &["convert"]),
 ];
