@@ -166,7 +166,17 @@ mod tests {
 
     #[test]
     fn every_orientation_and_odd_shape_matches_f64() {
-        for (m, k, n) in [(1, 1, 1), (3, 5, 2), (1, 300, 7), (257, 33, 19), (19, 33, 1201), (700, 129, 130)] {
+        let cases = [
+            ((1, 1, 1), Split::Whole),
+            ((3, 5, 2), Split::Whole),
+            ((1, 300, 7), Split::Whole),
+            ((257, 33, 19), Split::Whole),
+            ((700, 129, 130), Split::Rows),
+            ((40, 130, 901), Split::Columns),
+            ((21, 2100, 131), Split::Inner),
+        ];
+        for ((m, k, n), split) in cases {
+            assert_eq!(Split::choose(m, n, k), split);
             for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
                 let (a, b, mut c) = (noise(1, m * k), noise(2, k * n), noise(3, m * n));
                 let product = reference(&a, ta, &b, tb, (m, k, n));
