@@ -247,7 +247,7 @@ fn cosine() -> Scheduler {
 
 impl Config {
     /// Reads `path`, replaces the keys named in `set` (`section.key=value`), and checks the result.
-    /// Paths in the file are relative to the file's folder.
+    /// Paths in the file are relative to the file's folder, those in `set` to the current one.
     pub fn read(path: &Path, set: &[String]) -> Result<Config> {
         let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         let mut table: toml::Table = toml::from_str(&text).map_err(|e| {
@@ -259,6 +259,8 @@ impl Config {
         for assignment in set {
             apply(&mut table, assignment)?;
         }
+        let here = std::path::absolute(".").map_err(|e| Error::io("find", Path::new("."), e))?;
+        resolve_paths(&mut table, &here);
         let config: Config = table.try_into().map_err(|e: toml::de::Error| {
             Error::request(format!("'{}': {}", path.display(), one_line(&e.to_string())))
                 .help("`relora-kit train --help` lists the sections; docs/train.md every key")
@@ -454,6 +456,8 @@ mod tests {
         assert_eq!((phases[1].first_step, phases[1].steps, phases[1].low_rank), (40, 120, true));
         assert_eq!(phases[1].schedule.cycle_length, 20);
         assert!(config.data.train.is_absolute(), "paths are relative to the file");
+        let set = read(RUN, &["data.train=elsewhere.safetensors"]).unwrap().data.train;
+        assert_eq!(set, std::env::current_dir().unwrap().join("elsewhere.safetensors"));
     }
 
     #[test]

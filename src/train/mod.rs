@@ -4,6 +4,7 @@
 
 pub mod config;
 pub mod evaluate;
+mod inputs;
 pub mod metrics;
 pub mod optim;
 pub mod phase;

@@ -1,0 +1,95 @@
+//! What a run is made of: its first model, its data, and their hashes.
+
+use super::{
+    config::Config,
+    tokens::{TokenShard, Windows},
+    trainer::Trainer,
+};
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    model::{LlamaConfig, Model},
+    ops::Device,
+    run::{Hashed, sha256_file},
+};
+use std::collections::BTreeMap;
+
+/// The model that update 1 starts from.
+pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Model<D>> {
+    let m = &config.model;
+    if let Some(path) = &m.checkpoint {
+        return Model::load(device, &Checkpoint::open(path)?);
+    }
+    let json = match (&m.preset, &m.config) {
+        (Some(name), _) => LlamaConfig::preset(name)
+            .ok_or_else(|| {
+                let names = LlamaConfig::preset_names().join(", ");
+                Error::request(format!("there is no preset '{name}'")).help(format!("presets: {names}"))
+            })?
+            .to_json(),
+        (None, Some(path)) => LlamaConfig::from_json(path)?.to_json(),
+        (None, None) => return Err(Error::request("[model] names neither preset, config nor checkpoint")),
+    };
+    let llama = override_keys(json, &m.overrides)?;
+    Model::init(device, llama, config.train.seed)
+}
+
+/// Sizes that follow from others are derived anew, unless they are given, too.
+fn override_keys(mut json: serde_json::Value, overrides: &toml::Table) -> Result<LlamaConfig> {
+    if let Some(object) = json.as_object_mut() {
+        let given = |key: &str| overrides.contains_key(key);
+        let one_kv_head_each = object.get("num_key_value_heads") == object.get("num_attention_heads");
+        if (given("hidden_size") || given("num_attention_heads")) && !given("head_dim") {
+            object.remove("head_dim");
+        }
+        if given("num_attention_heads") && one_kv_head_each && !given("num_key_value_heads") {
+            object.remove("num_key_value_heads");
+        }
+    }
+    for (key, value) in overrides {
+        let value = serde_json::to_value(value).map_err(|e| Error::request(format!("[model] overrides.{key}: {e}")))?;
+        match json.as_object_mut().filter(|o| o.contains_key(key)) {
+            Some(object) => object.insert(key.clone(), value),
+            None => {
+                return Err(Error::request(format!("[model] overrides.{key} is no key of the model's config.json"))
+                    .help("for example: vocab_size, hidden_size, num_hidden_layers"));
+            }
+        };
+    }
+    LlamaConfig::from_value(&json).map_err(|e| Error { message: format!("[model] with overrides: {}", e.message), ..e })
+}
+
+pub(super) fn open_validation<D: Device>(trainer: &Trainer<D>) -> Result<Option<(TokenShard, Windows)>> {
+    let data = &trainer.config().data;
+    let (shard, windows) = match &data.validation {
+        Some(path) => {
+            let shard = TokenShard::open(path)?;
+            if shard.vocab_size() != trainer.shard().vocab_size() {
+                return Err(Error::request(format!(
+                    "'{}' has a vocabulary of {} ids, the training shard one of {}",
+                    path.display(),
+                    shard.vocab_size(),
+                    trainer.shard().vocab_size()
+                ))
+                .help("tokenize both with the same tokenizer"));
+            }
+            let (windows, _) = Windows::split(&shard, data.max_length, None, 0.0)?;
+            (shard, windows)
+        }
+        None => {
+            let shard = TokenShard::open(&data.train)?;
+            let (_, windows) = Windows::split(&shard, data.max_length, None, data.validation_fraction)?;
+            (shard, windows)
+        }
+    };
+    Ok((windows.count() > 0).then_some((shard, windows)))
+}
+
+pub(super) fn hash_data(config: &Config) -> Result<BTreeMap<String, Hashed>> {
+    let mut data = BTreeMap::new();
+    let shards = [("train", Some(&config.data.train)), ("validation", config.data.validation.as_ref())];
+    for (name, path) in shards.into_iter().filter_map(|(name, path)| Some((name, path?))) {
+        data.insert(name.to_owned(), Hashed { path: path.clone(), sha256: sha256_file(path)? });
+    }
+    Ok(data)
+}
