@@ -2,9 +2,8 @@
 //! writing overlap and files grow from front to back.
 
 use super::{
-    apply::{self, Scratch, Sums},
+    apply::{self, Prepared, Scratch, Sums},
     plan::{Output, Plan},
-    prepared::Prepared,
 };
 use crate::{
     checkpoint::{Dtype, Writer},
