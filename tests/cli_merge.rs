@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::{entries, f32_bytes, refused, run, write_raw, write_tensors};
+use common::{entries, f32_bytes, refused, run, small_run::SmallRun, write_raw, write_tensors};
 use relora_kit::{
-    adapter::{AdapterConfig, NewModule, save},
-    checkpoint::Checkpoint,
+    adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save, save_with},
+    checkpoint::{Checkpoint, Dtype, dtype},
 };
 use std::{
     fs,
@@ -244,6 +244,77 @@ fn wrong_weights_and_globs_without_a_match_are_refused() {
     }
     let weightless = format!("{}=0", small.path("adapter").display());
     refused(["merge", "--base", &base, "--adapter", &weightless, "-o", &out], 2, &["weight 0"]);
+}
+
+/// Writes an adapter with q_proj's factors, the norm in full, and its place among a run's cycles.
+fn write_cycle(small: &Small, name: &str, norm: &[f32; 3], cycle: Option<u64>) {
+    let folder = small.path(name);
+    fs::create_dir_all(&folder).unwrap();
+    let module = NewModule { name: Q, r: 2, out_features: 4, in_features: 3, a: &[0.5; 6], b: &[0.25; 8] };
+    let full = FullTensor { name: "model.norm.weight", shape: &[3], values: norm };
+    let metadata = cycle.map(|cycle| (CYCLE_KEY.to_owned(), cycle.to_string())).into_iter().collect();
+    save_with(&folder, &AdapterConfig::new(2, 4.0, &["q_proj"]), &[module], &[full], &metadata).unwrap();
+}
+
+fn merge_two(small: &Small) -> (i32, String, String) {
+    let path = |name| small.path(name).display().to_string();
+    run(["merge", "--base", &path("base"), "--adapter", &path("c1"), &path("c2"), "-o", &path("out")])
+}
+
+#[test]
+fn the_latest_cycle_of_a_run_decides_what_was_trained_in_full() {
+    let small = Small::new();
+    write_cycle(&small, "c1", &[5.0, 6.0, 7.0], Some(1));
+    write_cycle(&small, "c2", &[8.0, 9.0, 10.0], Some(2));
+    let (code, stdout, stderr) = merge_two(&small);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("1 replaced"), "{stdout}");
+    assert_eq!(values(&small.path("out"), "model.norm.weight"), [8.0, 9.0, 10.0]);
+    assert_eq!(values(&small.path("out"), &format!("{Q}.weight")), [2.0; 12]);
+}
+
+#[test]
+fn two_adapters_that_replace_a_tensor_differently_are_refused() {
+    let small = Small::new();
+    for (first, second) in [(None, None), (Some(2), Some(1)), (Some(1), None)] {
+        write_cycle(&small, "c1", &[5.0, 6.0, 7.0], first);
+        write_cycle(&small, "c2", &[8.0, 9.0, 10.0], second);
+        let (code, _, stderr) = merge_two(&small);
+        assert_eq!(code, 2, "{stderr}");
+        assert!(stderr.contains("both replace 'model.norm.weight'"), "{stderr}");
+    }
+    // Equal values are no conflict.
+    write_cycle(&small, "c2", &[5.0, 6.0, 7.0], None);
+    assert_eq!(merge_two(&small).0, 0);
+}
+
+#[test]
+fn base_and_cycles_of_a_run_are_its_final_checkpoint() {
+    let small = SmallRun::new(3);
+    let trained = small.train();
+    let (base, cycles, out) = (trained.join("base"), trained.join("cycles/*"), small.path("merged"));
+    let args = ["merge".as_ref(), "--base".as_ref(), base.as_os_str(), "--adapter".as_ref(), cycles.as_os_str()];
+    let (code, stdout, stderr) = run(args.into_iter().chain(["-o".as_ref(), out.as_os_str()]));
+    assert_eq!(code, 0, "{stderr}");
+    assert!(!stdout.contains(" 0 replaced"), "{stdout}");
+    let merged = Checkpoint::open(&out).unwrap();
+    let last = Checkpoint::open(&trained.join("checkpoints/step-40")).unwrap();
+    let base = Checkpoint::open(&base).unwrap();
+    assert_eq!(merged.len(), last.len());
+    for tensor in last.tensors() {
+        let name = tensor.name();
+        let read = |c: &Checkpoint| c.tensor(name).unwrap().to_f32().unwrap().into_owned();
+        let (ours, trained, before) = (read(&merged), read(&last), read(&base));
+        // Between the cycles a weight may be larger than before and after all of them: the largest gives the unit.
+        let largest = trained.iter().chain(&before).fold(0.0, |m: f32, x| m.max(x.abs()));
+        let limit = 4.0 * dtype::ulp(Dtype::F32, f64::from(largest));
+        for (x, y) in ours.into_iter().zip(trained) {
+            assert!(f64::from((x - y).abs()) <= limit, "{name}: merged {x}, trained {y}, limit {limit:e}");
+        }
+        if !name.contains("_proj") {
+            assert_eq!(merged.tensor(name).unwrap().bytes(), tensor.bytes(), "{name} is trained in full");
+        }
+    }
 }
 
 /// A base that takes long enough to be interrupted: 192 MiB in many tensors, and a rank 64 adapter for each.

@@ -269,3 +269,20 @@ fn a_folder_that_is_no_run_is_refused() {
     fs::write(folder.path().join("manifest.json"), "{}").unwrap();
     refused(["verify", folder.path().to_str().unwrap()], 2, &["is not a run manifest"]);
 }
+
+#[test]
+fn a_cycle_that_stores_other_values_in_full_than_the_checkpoint_is_caught() {
+    let small = common::small_run::SmallRun::new(1);
+    let path = small.train();
+    assert_eq!(verify(&path).0, 0);
+    // The first tensor of the file is the first trained in full: its last byte precedes those of the factors.
+    let file = path.join("cycles/cycle-001/adapter_model.safetensors");
+    let end = {
+        let adapter = relora_kit::checkpoint::TensorFile::open(&file).unwrap();
+        let norm = adapter.tensor_named("base_model.model.model.norm.weight").unwrap();
+        adapter.len() as usize - norm.offset() as usize
+    };
+    flip_byte(&file, end - 2);
+    rehash(&path, |_| ());
+    caught(&path, &["model.norm.weight", "other values than the last cycle stores in full"]);
+}

@@ -9,7 +9,7 @@ mod save;
 
 pub use config::AdapterConfig;
 pub use names::Part;
-pub use save::{NewModule, save};
+pub use save::{FullTensor, NewModule, save, save_with};
 
 use crate::{
     checkpoint::{Tensor, TensorFile},
@@ -23,12 +23,15 @@ use std::{
 /// The name PEFT gives the tensors.
 pub const ADAPTER_NAME: &str = "adapter_model.safetensors";
 
+/// Metadata of the tensor file: the cycle of a training run that it holds, from 1.
+pub const CYCLE_KEY: &str = "relora_cycle";
+
 /// An opened adapter: its configuration, and its tensors memory-mapped and sorted by module.
 pub struct Adapter {
     path: PathBuf,
     config: AdapterConfig,
     file: TensorFile,
-    // Module (or parameter, for `Part::Full`) -> parts -> position in the file.
+    // Module (or parameter, for `Part::Full` and `Part::Base`) -> parts -> position in the file.
     parts: BTreeMap<String, BTreeMap<Part, usize>>,
 }
 
@@ -84,17 +87,23 @@ impl Adapter {
         &self.file
     }
 
+    /// Which cycle of a training run it is: `relora_cycle` of the file's metadata. Of several cycles the latest decides what
+    /// the parameters trained in full are.
+    pub fn cycle(&self) -> Option<u64> {
+        self.file.metadata().get(CYCLE_KEY)?.parse().ok()
+    }
+
     /// The modules with a low-rank delta, by name. [`Adapter::open`] has checked them: on an opened adapter no item is
     /// an error.
     pub fn modules(&self) -> impl Iterator<Item = Result<Module<'_>>> {
         self.parts.iter().filter_map(|(name, parts)| self.module(name, parts).transpose())
     }
 
-    /// The tensors that are not factors: parameters trained in full, by parameter name, and replaced token rows, by
+    /// The tensors that are not factors: parameters stored in full, by parameter name, and replaced token rows, by
     /// module name.
     pub fn others(&self) -> impl Iterator<Item = (&str, Part, Tensor<'_>)> {
         self.parts.iter().flat_map(move |(name, parts)| {
-            let plain = |part: &Part| matches!(part, Part::Full | Part::TokenRows);
+            let plain = |part: &Part| matches!(part, Part::Full | Part::Base | Part::TokenRows);
             parts.iter().filter(move |(p, _)| plain(p)).map(|(&p, &i)| (name.as_str(), p, self.file.tensor(i)))
         })
     }

@@ -20,11 +20,13 @@ pub enum Part {
     Magnitude,
     /// `token_adapter.trainable_tokens_delta`, `[tokens, dimension]`: rows that replace the embedding's.
     TokenRows,
-    /// A parameter that replaces the model's: a saved module, a bias, a base layer.
+    /// A parameter of the layer below an adapter (`base_layer.weight`, `base_layer.bias`), stored along with it.
+    Base,
+    /// A parameter that replaces the model's: a saved module, a bias.
     Full,
 }
 
-/// Splits a key into the module (or, for [`Part::Full`], the parameter) and its part. `None` for a key that looks like
+/// Splits a key into the module (or, for [`Part::Base`] and [`Part::Full`], the parameter) and its part. `None` for a key that looks like
 /// a LoRA tensor of a kind nobody has told us about.
 pub fn parse_key(key: &str) -> Option<(String, Part)> {
     let name = key.strip_prefix(PREFIX).unwrap_or(key);
@@ -50,8 +52,10 @@ pub fn parse_key(key: &str) -> Option<(String, Part)> {
     if name.contains(".lora_") || name.contains(".token_adapter.") {
         return None;
     }
-    let name = name.replace(".base_layer.", ".").replace(".original_module.", ".");
-    Some((strip_saved(&name), Part::Full))
+    if name.contains(".base_layer.") {
+        return Some((name.replace(".base_layer.", "."), Part::Base));
+    }
+    Some((strip_saved(&name.replace(".original_module.", ".")), Part::Full))
 }
 
 /// `score.modules_to_save.default.weight` (raw state dicts) and `score.modules_to_save.weight` -> `score.weight`.
@@ -65,6 +69,11 @@ fn strip_saved(name: &str) -> String {
 /// The key PEFT stores a module's A factor under.
 pub fn key_a(module: &str) -> String {
     format!("{PREFIX}{module}.lora_A.weight")
+}
+
+/// The key PEFT stores a parameter that was trained in full under.
+pub fn key_full(parameter: &str) -> String {
+    format!("{PREFIX}{parameter}")
 }
 
 /// The key PEFT stores a module's B factor under.
@@ -88,7 +97,7 @@ mod tests {
             ("base_model.model.q.lora_magnitude_vector.default.weight", "q", Part::Magnitude),
             ("base_model.model.experts.base_layer.lora_A.weight", "experts.base_layer", Part::A),
             ("base_model.model.embed.token_adapter.trainable_tokens_delta", "embed", Part::TokenRows),
-            ("base_model.model.embed.base_layer.weight", "embed.weight", Part::Full),
+            ("base_model.model.embed.base_layer.weight", "embed.weight", Part::Base),
             ("base_model.model.score.modules_to_save.default.weight", "score.weight", Part::Full),
             ("base_model.model.score.modules_to_save.dense.weight", "score.dense.weight", Part::Full),
             ("base_model.model.lm_head.weight", "lm_head.weight", Part::Full),

@@ -1,36 +1,20 @@
 //! One block of rows: decode, add the deltas, round once, and measure what the rounding kept.
 
-use super::{
-    arith,
-    plan::{Output, Term},
-};
+use super::{arith, plan::Output, prepared::Prepared};
 use crate::{
     checkpoint::{Dtype, dtype},
-    delta::{LowRank, Real, unravel},
+    delta::{Real, unravel},
     error::{Error, Result},
 };
 use ndarray::ArrayViewMut2;
-use std::ops::{AddAssign, Range};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    ops::{AddAssign, Range},
+};
 
 /// Elements that are decoded, added and rounded together: small enough for the first-level cache.
 const CHUNK: usize = 2048;
-
-/// The factors of an output's terms, decoded. Shared by all its blocks.
-pub(super) struct Prepared<T> {
-    deltas: Vec<LowRank<T>>,
-}
-
-impl<T: Real> Prepared<T> {
-    pub(super) fn new(output: &Output) -> Result<Self> {
-        let read = |term: &Term| match term {
-            Term::LowRank { module, transposed, weight } => {
-                let scaling = T::from_f64(weight * module.scaling);
-                Ok(LowRank { scaling, ..LowRank::read(module, *transposed)? })
-            }
-        };
-        Ok(Prepared { deltas: output.terms.iter().map(read).collect::<Result<_>>()? })
-    }
-}
 
 /// Buffers of one thread, reused from block to block.
 pub(super) struct Scratch<T> {
@@ -78,26 +62,23 @@ pub(super) fn rows<T: Real>(
     let (first, count) = (rows.start * columns, rows.len() * columns);
     let (from, to) = (output.source.dtype(), output.spec.dtype);
     let (from_size, to_size) = (from.bitsize() / 8, to.bitsize() / 8);
-    scratch.delta.clear();
     scratch.delta.resize(count, T::zero());
     scratch.bytes.resize(count * to_size, 0);
-    for (i, low_rank) in prepared.deltas.iter().enumerate() {
-        let block = ArrayViewMut2::from_shape((rows.len(), columns), &mut scratch.delta)
-            .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
-        if i == 0 {
-            low_rank.rows(rows.clone(), block);
-        } else {
-            low_rank.add_rows(rows.clone(), block);
-        }
-    }
-    let changed = !prepared.deltas.is_empty();
+    let block = ArrayViewMut2::from_shape((rows.len(), columns), &mut scratch.delta)
+        .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
+    prepared.delta(&rows, block);
+    let changed = !output.terms.is_empty();
     let mut sums = Sums::default();
-    let source = &output.source.bytes()[first * from_size..(first + count) * from_size];
+    let stored = &output.source.bytes()[first * from_size..(first + count) * from_size];
+    let source = with_tokens(stored, &rows, &prepared.tokens);
     let chunks = source.chunks(CHUNK * from_size).zip(scratch.bytes.chunks_mut(CHUNK * to_size));
     for (i, ((source, stored), delta)) in chunks.zip(scratch.delta.chunks_mut(CHUNK)).enumerate() {
         let (weight, rounded) = (&mut scratch.weight[..delta.len()], &mut scratch.rounded[..delta.len()]);
         T::decode(from, source, weight)?;
-        arith::add(weight, delta, rounded);
+        match &prepared.rescale {
+            None => arith::add(weight, delta, rounded),
+            Some(rescale) => rescale.apply(first + i * CHUNK, columns, weight, delta, rounded),
+        }
         T::encode(to, rounded, stored)?;
         T::decode(to, stored, rounded)?;
         let (chunk_sums, finite) = arith::measure(delta, weight, rounded);
@@ -107,6 +88,17 @@ pub(super) fn rows<T: Real>(
         sums += chunk_sums;
     }
     Ok(sums)
+}
+
+/// The source's bytes of `rows`, some rows replaced.
+fn with_tokens<'s>(source: &'s [u8], rows: &Range<usize>, tokens: &BTreeMap<usize, Vec<u8>>) -> Cow<'s, [u8]> {
+    let mut source = Cow::Borrowed(source);
+    let width = source.len() / rows.len().max(1);
+    for (row, bytes) in tokens.range(rows.clone()) {
+        let at = (row - rows.start) * width;
+        source.to_mut()[at..at + width].copy_from_slice(bytes);
+    }
+    source
 }
 
 /// Names the first element that spoils a chunk. NaN and infinity pass through tensors that are only recast.

@@ -6,8 +6,14 @@
 mod apply;
 mod arith;
 mod companions;
+mod matcher;
 mod names;
+mod own_factors;
+mod parameters;
 mod plan;
+mod prepared;
+mod refuse;
+mod replace;
 mod result;
 mod stream;
 

@@ -1,6 +1,7 @@
 //! Finding an adapter's targets in a base whose names may lack a prefix, or have one more.
 
 use crate::checkpoint::Checkpoint;
+use serde_json::Value;
 
 /// How an adapter's names become the base's. Models are saved with and without the prefix of their task head
 /// (`model.layers.0...` and `layers.0...`).
@@ -32,6 +33,15 @@ impl Mapping {
         candidates.into_iter().rev().max_by_key(|m| found(m)).unwrap_or(Mapping::Identity)
     }
 
+    /// In words, for a warning.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Mapping::Identity => "names are the same".to_owned(),
+            Mapping::Add(prefix) => format!("'{prefix}' was put in front of its names"),
+            Mapping::Strip(prefix) => format!("'{prefix}' was taken off its names"),
+        }
+    }
+
     /// The base's name for an adapter's.
     pub(super) fn apply(&self, name: &str) -> String {
         match self {
@@ -39,6 +49,37 @@ impl Mapping {
             Mapping::Add(prefix) => format!("{prefix}{name}"),
             Mapping::Strip(prefix) => name.strip_prefix(prefix.as_str()).unwrap_or(name).to_owned(),
         }
+    }
+}
+
+/// An input embedding that is the output head, too: only one of them is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Tied {
+    /// The stored tensor.
+    pub input: String,
+    /// What the head would be called.
+    pub head: String,
+}
+
+impl Tied {
+    /// Finds the embedding of a model that stores no head and does not say that it is untied.
+    pub(super) fn find(base: &Checkpoint, config: &Value) -> Option<Tied> {
+        const INPUTS: [&str; 4] = ["embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"];
+        const HEADS: [&str; 2] = ["lm_head.weight", "embed_out.weight"];
+        let says = |config: &Value| config["tie_word_embeddings"].as_bool();
+        let untied = says(config).or_else(|| says(&config["text_config"])) == Some(false);
+        let ends = |name: &str, end: &str| name == end || name.ends_with(&format!(".{end}"));
+        if untied || base.tensors().any(|t| HEADS.iter().any(|head| ends(t.name(), head))) {
+            return None;
+        }
+        let input = base.tensors().find(|t| INPUTS.iter().any(|input| ends(t.name(), input)))?.name().to_owned();
+        let head = if ends(&input, "embed_in.weight") { HEADS[1] } else { HEADS[0] };
+        Some(Tied { input, head: head.to_owned() })
+    }
+
+    /// Whether `name` is the head.
+    pub(super) fn is_head(&self, name: &str) -> bool {
+        name == self.head || name.ends_with(&format!(".{}", self.head))
     }
 }
 

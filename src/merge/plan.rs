@@ -1,31 +1,56 @@
-//! What each tensor of the output is made of. Everything that can be refused is refused here, before anything is written.
+//! What each tensor of the output is made of. Everything that can be refused is refused before anything is written.
 
-use super::{companions::ConfigChanges, names::Mapping};
+use super::{companions::ConfigChanges, matcher::Matcher};
 use crate::{
-    adapter::{Adapter, Module, ModuleKind},
+    adapter::{Adapter, Module},
     checkpoint::{Checkpoint, Dtype, Tensor, TensorSpec, dtype},
-    error::{Error, Result},
+    error::Result,
 };
-use std::collections::HashMap;
+use std::path::Path;
 
-/// The output, tensor by tensor, in the order of the base.
+/// The output, tensor by tensor, in the order of the base; tensors that the base lacks come last.
 pub(super) struct Plan<'a> {
     pub outputs: Vec<Output<'a>>,
     pub config: ConfigChanges,
     pub warnings: Vec<String>,
 }
 
-/// One tensor of the output: `round(source + sum of terms)`.
+/// One tensor of the output: `round(source + sum of terms)`, some rows replaced.
 pub(super) struct Output<'a> {
     pub spec: TensorSpec,
+    /// What deltas are added to: the base's tensor, or the one that replaces it.
     pub source: Tensor<'a>,
+    /// The adapter that replaces the base's tensor, or adds one that the base lacks.
+    pub replaced: Option<Replacement<'a>>,
     pub terms: Vec<Term<'a>>,
+    /// Rows that replace the source's.
+    pub tokens: Vec<TokenRows<'a>>,
+}
+
+/// Who replaced a tensor.
+#[derive(Clone, Copy)]
+pub(super) struct Replacement<'a> {
+    pub adapter: &'a Path,
+    /// The cycle of a training run that the adapter holds.
+    pub cycle: Option<u64>,
+    /// The base has no tensor of this name.
+    pub added: bool,
 }
 
 /// Something that is added to a tensor.
 pub(super) enum Term<'a> {
-    /// `weight * scaling * B @ A`, transposed where the weight is stored `[in, out]`.
+    /// `weight * scaling * B @ A`, transposed where the weight is stored `[in, out]`. One such product per expert, below
+    /// each other, for expert parameters. With a magnitude (DoRA) the sum is rescaled.
     LowRank { module: Module<'a>, transposed: bool, weight: f64 },
+    /// `factor * vector`: the bias of B.
+    Bias { vector: Tensor<'a>, factor: f64 },
+}
+
+/// Rows of an embedding that replace the base's.
+pub(super) struct TokenRows<'a> {
+    pub indices: Vec<usize>,
+    pub rows: Tensor<'a>,
+    pub adapter: &'a Path,
 }
 
 impl Term<'_> {
@@ -33,14 +58,35 @@ impl Term<'_> {
     pub(super) fn rank(&self) -> usize {
         match self {
             Term::LowRank { module, .. } => module.r,
+            Term::Bias { .. } => 0,
         }
     }
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    /// A copy of `source` called `name`, converted to `to` if it is floating point.
+    pub(super) fn new(name: &str, source: Tensor<'a>, to: Option<Dtype>) -> Output<'a> {
+        let dtype = to.filter(|_| dtype::is_float(source.dtype())).unwrap_or(source.dtype());
+        let spec = TensorSpec { name: name.to_owned(), dtype, shape: source.shape().to_vec() };
+        Output { spec, source, replaced: None, terms: Vec::new(), tokens: Vec::new() }
+    }
+
+    /// Whether its values are the source's.
+    pub(super) fn is_unchanged(&self) -> bool {
+        self.terms.is_empty() && self.tokens.is_empty()
+    }
+
     /// Whether its bytes are the source's.
     pub(super) fn is_copy(&self) -> bool {
-        self.terms.is_empty() && self.spec.dtype == self.source.dtype()
+        self.is_unchanged() && self.spec.dtype == self.source.dtype()
+    }
+
+    /// The module whose magnitude rescales the sum (DoRA), and whether its weight is stored `[in, out]`.
+    pub(super) fn dora(&self) -> Option<(&Module<'a>, bool)> {
+        self.terms.iter().find_map(|term| match term {
+            Term::LowRank { module, transposed, .. } if module.magnitude.is_some() => Some((module, *transposed)),
+            _ => None,
+        })
     }
 
     /// The tensor seen as a matrix: all extents but the last make the rows; a vector is one row.
@@ -56,115 +102,10 @@ impl Output<'_> {
 impl<'a> Plan<'a> {
     /// Matches every tensor of every adapter with its target in `base`.
     pub(super) fn new(base: &'a Checkpoint, adapters: &'a [(Adapter, f64)], to: Option<Dtype>) -> Result<Plan<'a>> {
-        let output = |source: Tensor<'a>| {
-            let mut spec = TensorSpec::like(&source);
-            spec.dtype = to.filter(|_| dtype::is_float(source.dtype())).unwrap_or(source.dtype());
-            Output { spec, source, terms: Vec::new() }
-        };
-        let outputs: Vec<_> = base.tensors().map(output).collect();
-        let config = ConfigChanges { dtype: to, ..ConfigChanges::default() };
-        let plan = Plan { outputs, config, warnings: Vec::new() };
-        let places = plan.outputs.iter().enumerate().map(|(i, o)| (o.source.name(), i)).collect();
-        let mut matcher = Matcher { base, places, plan };
+        let mut matcher = Matcher::new(base, to)?;
         for (adapter, weight) in adapters {
             matcher.add(adapter, *weight)?;
         }
-        Ok(matcher.plan)
+        matcher.finish()
     }
-}
-
-struct Matcher<'a> {
-    base: &'a Checkpoint,
-    places: HashMap<&'a str, usize>,
-    plan: Plan<'a>,
-}
-
-impl<'a> Matcher<'a> {
-    fn add(&mut self, adapter: &'a Adapter, weight: f64) -> Result<()> {
-        refuse_unmergeable(adapter)?;
-        let modules: Vec<Module> = adapter.modules().collect::<Result<_>>()?;
-        let names: Vec<String> = modules.iter().map(Module::tensor_name).collect();
-        let mapping = Mapping::find(self.base, names.iter().map(String::as_str));
-        if mapping != Mapping::Identity {
-            self.plan.warnings.push(format!(
-                "the adapter '{}' names tensors unlike the base; matched by this rule: {mapping:?}",
-                adapter.path().display()
-            ));
-        }
-        let mut orphans = Vec::new();
-        for (module, name) in modules.iter().zip(&names) {
-            match self.places.get(mapping.apply(name).as_str()) {
-                Some(&place) => self.add_low_rank(place, adapter, module, weight)?,
-                None => orphans.extend([module.a.name(), module.b.name()]),
-            }
-        }
-        orphans.extend(adapter.others().map(|(_, _, tensor)| tensor.name()));
-        refuse_orphans(self.base, adapter, orphans)
-    }
-
-    fn add_low_rank(&mut self, place: usize, adapter: &'a Adapter, module: &Module<'a>, weight: f64) -> Result<()> {
-        let output = &mut self.plan.outputs[place];
-        let (source, stored) = (output.source, output.source.shape());
-        let refuse = |found: String| {
-            let hint = match &adapter.config().base_model_name_or_path {
-                Some(name) => format!("the adapter was trained on '{name}'; merge it into that model"),
-                None => "the adapter seems made for another model".to_owned(),
-            };
-            let (base, adapter) = (source.file().path().display(), adapter.file().path().display());
-            Error::request(format!("cannot merge '{}': base '{base}' has {found} ('{adapter}')", source.name()))
-                .help(hint)
-        };
-        let delta = [module.out_features, module.in_features];
-        if !dtype::is_float(source.dtype()) {
-            return Err(refuse(format!("{:?} values, expected floating point for the delta", source.dtype())));
-        }
-        let transposed = match stored {
-            [m, n] => {
-                let (as_is, swapped) = (delta == [*m, *n], delta == [*n, *m]);
-                let wanted = module.kind == ModuleKind::Embedding || adapter.config().fan_in_fan_out;
-                match (as_is, swapped) {
-                    (true, true) => wanted,
-                    (true, false) if module.kind == ModuleKind::Linear => false,
-                    (false, true) => true,
-                    _ => return Err(refuse(format!("shape {stored:?} but B @ A gives {delta:?}"))),
-                }
-            }
-            _ => return Err(refuse(format!("shape {stored:?} but B @ A gives {delta:?}"))),
-        };
-        output.terms.push(Term::LowRank { module: *module, transposed, weight });
-        Ok(())
-    }
-}
-
-/// Names what nobody can merge, instead of skipping it.
-fn refuse_unmergeable(adapter: &Adapter) -> Result<()> {
-    let refuse =
-        |what: String| Err(Error::request(format!("adapter '{}' cannot be merged: {what}", adapter.path().display())));
-    if adapter.config().use_dora {
-        return refuse("it uses DoRA, which is not supported yet".into());
-    }
-    if let Some(tensor) = adapter.modules().flatten().find_map(|m| m.magnitude.or(m.bias)) {
-        return refuse(format!("'{}' is not supported yet", tensor.name()));
-    }
-    Ok(())
-}
-
-fn refuse_orphans(base: &Checkpoint, adapter: &Adapter, orphans: Vec<&str>) -> Result<()> {
-    const SHOWN: usize = 20;
-    if orphans.is_empty() {
-        return Ok(());
-    }
-    let mut list = orphans.iter().take(SHOWN).map(|n| format!("'{n}'")).collect::<Vec<_>>().join(", ");
-    if orphans.len() > SHOWN {
-        list += &format!(" and {} more", orphans.len() - SHOWN);
-    }
-    let trained_on = adapter.config().base_model_name_or_path.as_deref().unwrap_or("an unnamed model");
-    Err(Error::request(format!(
-        "{} of {} tensors of adapter '{}' match nothing in the base '{}': {list}",
-        orphans.len(),
-        adapter.file().tensors().len(),
-        adapter.path().display(),
-        base.path().display()
-    ))
-    .help(format!("the adapter was trained on '{trained_on}'; nothing was written")))
 }

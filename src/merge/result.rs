@@ -43,6 +43,10 @@ pub struct AdapterUse {
 pub enum Action {
     /// Deltas are added.
     Merged,
+    /// An adapter's tensor, or some of its rows, takes its place.
+    Replaced,
+    /// An adapter's tensor that the base lacks.
+    Added,
     /// Only the element type changes.
     Recast,
     /// Byte for byte.
@@ -89,6 +93,10 @@ pub struct Totals {
     pub tensors: usize,
     /// Of these, with deltas added.
     pub merged: usize,
+    /// Of these, replaced by an adapter's tensor in whole or in part, without a delta.
+    pub replaced: usize,
+    /// Of these, missing in the base and added from an adapter.
+    pub added: usize,
     /// Of these, only converted to another type.
     pub recast: usize,
     /// Of these, copied byte for byte.
@@ -123,10 +131,13 @@ impl Retention {
 }
 
 fn action(output: &Output) -> Action {
-    match (output.is_copy(), output.terms.is_empty()) {
-        (true, _) => Action::Copied,
-        (_, true) => Action::Recast,
-        _ => Action::Merged,
+    match output.replaced {
+        _ if !output.terms.is_empty() => Action::Merged,
+        Some(replaced) if replaced.added => Action::Added,
+        Some(_) => Action::Replaced,
+        None if !output.tokens.is_empty() => Action::Replaced,
+        None if output.is_copy() => Action::Copied,
+        None => Action::Recast,
     }
 }
 
@@ -140,6 +151,8 @@ pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Opti
         totals.bytes += spec.bytes();
         match action {
             Action::Merged => totals.merged += 1,
+            Action::Replaced => totals.replaced += 1,
+            Action::Added => totals.added += 1,
             Action::Recast => totals.recast += 1,
             Action::Copied => totals.copied += 1,
         }

@@ -2,8 +2,9 @@
 //! writing overlap and files grow from front to back.
 
 use super::{
-    apply::{self, Prepared, Scratch, Sums},
+    apply::{self, Scratch, Sums},
     plan::{Output, Plan},
+    prepared::Prepared,
 };
 use crate::{
     checkpoint::{Dtype, Writer},

@@ -24,10 +24,12 @@ impl Report for MergeReport {
     fn remarks(&self) -> Vec<String> {
         let totals = &self.totals;
         let mut remarks = vec![format!(
-            "{}, {}: {} merged, {} recast, {} copied",
+            "{}, {}: {} merged, {} replaced, {} added, {} recast, {} copied",
             plural(totals.tensors, "tensor"),
             units::bytes(totals.bytes),
             totals.merged,
+            totals.replaced,
+            totals.added,
             totals.recast,
             totals.copied
         )];
@@ -52,6 +54,8 @@ fn row(t: &TensorResult) -> Vec<String> {
     let of = |show: fn(&Retention) -> String| t.retention.as_ref().map_or_else(String::new, show);
     let action = match t.action {
         Action::Merged => "merged",
+        Action::Replaced => "replaced",
+        Action::Added => "added",
         Action::Recast => "recast",
         Action::Copied => "copied",
     };

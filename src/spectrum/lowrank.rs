@@ -164,7 +164,9 @@ impl OpenedRun {
     ) -> Result<()> {
         let mut stages: Vec<Vec<(Module, bool)>> = Vec::new();
         for (i, adapter) in self.cycles.iter().enumerate() {
-            let modules = low_rank_modules(label, adapter, filter, skip)?;
+            // What is stored in full is stored in every cycle: it is listed once.
+            let mut repeated = Vec::new();
+            let modules = low_rank_modules(label, adapter, filter, if i == 0 { &mut *skip } else { &mut repeated })?;
             let fan_in_fan_out = adapter.config().fan_in_fan_out;
             if i == 0 {
                 stages = modules.into_iter().map(|m| vec![(m, fan_in_fan_out)]).collect();

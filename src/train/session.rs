@@ -245,14 +245,14 @@ impl<D: Device> Session<D> {
         self.trainer.start_cycles()
     }
 
-    /// Saves A and B of the cycle that ends now.
+    /// Saves A and B of the cycle that ends now, and the parameters trained in full.
     fn save_cycle(&mut self) -> Result<()> {
         let cycle = self.trainer.cycle;
         let folder = RunDir::cycle_folder(cycle);
         let path = self.dir.0.join(&folder);
         let staged = StagedDir::create(&path, true)?;
         // The adapter's base is the run's base with the cycles before it merged.
-        state::save_cycle(&self.trainer.model, Path::new("../../base"), staged.path())?;
+        state::save_cycle(&self.trainer.model, cycle, Path::new("../../base"), staged.path())?;
         staged.commit()?;
         let spec = self.trainer.lora_spec()?;
         self.manifest.cycles.push(CycleRecord {

@@ -10,7 +10,7 @@
 
 use super::{optim::Moments, trainer::Trainer};
 use crate::{
-    adapter::{AdapterConfig, NewModule, save},
+    adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
     checkpoint::{Checkpoint, Dtype, TensorFile, TensorSpec, Writer},
     error::{Error, Result},
     model::{Model, ParamKind},
@@ -72,8 +72,9 @@ fn add_delta<D: Device>(model: &Model<D>, name: &str, shape: &[usize], values: &
     }
 }
 
-/// Writes A and B of the current cycle as a PEFT adapter.
-pub fn save_cycle<D: Device>(model: &Model<D>, base: &Path, folder: &Path) -> Result<()> {
+/// Writes A and B of the current cycle as a PEFT adapter, and along with them the parameters that are trained in full, as
+/// they are at its end: the base with all cycles merged is the final checkpoint.
+pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: &Path) -> Result<()> {
     let spec = model.lora().ok_or_else(|| Error::request("the model has no low-rank factors to save"))?;
     let mut factors = Vec::new();
     for a in model.params().iter().filter(|p| p.kind == ParamKind::LoraA) {
@@ -98,7 +99,16 @@ pub fn save_cycle<D: Device>(model: &Model<D>, base: &Path, folder: &Path) -> Re
             b,
         })
         .collect();
-    save(folder, &config, &modules)
+    let is_full = |kind| matches!(kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head);
+    let values: Vec<_> =
+        model.params().iter().filter(|p| is_full(p.kind)).map(|p| (p, model.device().read(&p.value))).collect();
+    let full: Vec<FullTensor> =
+        values.iter().map(|(p, values)| FullTensor { name: &p.name, shape: &p.shape, values }).collect();
+    if model.config().tie_word_embeddings {
+        config.other.insert("ensure_weight_tying".into(), true.into());
+    }
+    let metadata = BTreeMap::from([(CYCLE_KEY.to_owned(), cycle.to_string())]);
+    save_with(folder, &config, &modules, &full, &metadata)
 }
 
 /// Writes a checkpoint into `folder`, which exists and is staged.

@@ -11,7 +11,7 @@
 
 use super::{Findings, Mismatch};
 use crate::{
-    adapter::{Adapter, Module},
+    adapter::{Adapter, Module, Part},
     checkpoint::{Checkpoint, Dtype, Tensor, TensorFile, dtype},
     delta::LowRank,
     error::{Error, Result},
@@ -85,6 +85,10 @@ pub(super) fn check(
     }
     let mut jobs = Vec::new();
     collect(&base, &tuned, frozen.as_ref(), &cycles[..merged], &mut jobs, &mut findings)?;
+    // Between cycles nothing moves what the last one stored in full.
+    if let Some(last) = cycles[..merged].last().filter(|_| record.step == last_merge) {
+        compare_stored_in_full(last, &tuned, &mut findings)?;
+    }
     if !findings.mismatches.is_empty() {
         return Ok((findings, Vec::new()));
     }
@@ -104,6 +108,25 @@ pub(super) fn check(
         count(WeightKind::Unchanged)
     );
     Ok((findings, weights))
+}
+
+/// Parameters that a cycle stores in full equal those of the checkpoint at its end, in the checkpoint's type.
+fn compare_stored_in_full(cycle: &Adapter, tuned: &Checkpoint, findings: &mut Findings) -> Result<()> {
+    for (name, part, stored) in cycle.others() {
+        if part != Part::Full {
+            continue;
+        }
+        let Some(after) = tuned.get(name) else {
+            findings
+                .mismatches
+                .push(Mismatch::new(name, "the last cycle stores it but the checkpoint does not hold it"));
+            continue;
+        };
+        let same =
+            after.shape() == stored.shape() && *dtype::encode_f32(after.dtype(), &stored.to_f32()?)? == *after.bytes();
+        findings.expect(same, name, || "the checkpoint holds other values than the last cycle stores in full".into());
+    }
+    Ok(())
 }
 
 struct Weight<'a> {
