@@ -295,3 +295,50 @@ fn a_run_without_cycles_and_a_folder_that_is_no_run_are_refused() {
     refused(["spectrum", "--run", text(&run)], 2, &["no finished cycle"]);
     refused(["spectrum", "--run", text(folder.path())], 2, &["manifest.json"]);
 }
+
+#[test]
+fn the_page_needs_no_network_and_shows_gates_figures_and_hashes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = write_run(folder.path(), Spec::default());
+    let page = folder.path().join("page.html");
+    let args = ["spectrum", "--run", text(&path), "--report", text(&page), "--require", "rank_above_noise > 2*r"];
+    let (code, stdout, stderr) = run(args);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let html = std::fs::read_to_string(&page).unwrap();
+    let hash = relora_kit::run::sha256_file(&path.join("manifest.json")).unwrap();
+    for part in
+        ["rank_above_noise &gt; 2*r", "1 gate held", "Rank over cycles", "down_proj", "prefers-color-scheme", &hash]
+    {
+        assert!(html.contains(part), "the page lacks '{part}'");
+    }
+    // Growth, and a histogram and a scree plot per module kind.
+    assert_eq!(html.matches("<svg").count(), 1 + 2 * 3);
+    for forbidden in ["<script", "<link", "src=", "href=", "url("] {
+        assert!(!html.contains(forbidden), "the page holds '{forbidden}'");
+    }
+    refused(args, 2, &["page.html", "exists already"]);
+}
+
+#[test]
+fn an_earlier_result_is_compared_with_and_lost_rank_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let three = write_run(&folder.path().join("three"), Spec::default());
+    let two = write_run(&folder.path().join("two"), Spec { cycles: 2, ..Spec::default() });
+    let before = folder.path().join("before.json");
+    let (code, ..) = run(["spectrum", "--run", text(&three), "--format", "json", "-o", text(&before)]);
+    assert_eq!(code, 0);
+    let args = ["spectrum", "--run", text(&two), "--against", text(&before)];
+    let (_, stdout, _) = run([&args[..], &["--format", "markdown"]].concat());
+    assert!(
+        stdout.contains("12 -> 8") && stdout.contains("q_proj.weight ('run') lost rank: 12 before, 8 now"),
+        "{stdout}"
+    );
+    let result = json(&args);
+    assert_eq!(result["against"]["matrices"], 3);
+    assert_eq!(result["against"]["changes"][0]["rank_above_noise"], serde_json::json!([12.0, 8.0]));
+    refused(
+        ["spectrum", "--run", text(&two), "--against", text(&two.join("manifest.json"))],
+        2,
+        &["is not a spectrum"],
+    );
+}

@@ -19,6 +19,8 @@ use std::path::PathBuf;
   relora-kit spectrum --base step-0 --tuned step-20000
   relora-kit spectrum --base step-0 --tuned relora=runs/a/final --tuned full=runs/b/final --filter '*self_attn*'
   relora-kit spectrum --run runs/a --require 'rank_above_noise > 2*r for 90%'
+  relora-kit spectrum --run runs/a --require 'effective_rank > r for median' --against main.json --format markdown
+  relora-kit spectrum --run runs/a --report spectrum.html
   relora-kit spectrum --adapter my-lora
   relora-kit spectrum --base step-0 --tuned step-20000 --rank 8 --require 'rank_above_noise > 2*r for 90%'
   relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
@@ -63,6 +65,12 @@ pub struct Args {
     /// Compute every spectrum by LAPACK's SVD instead of the Gram matrix: slower, and accurate below 1e-6 * s1, too
     #[arg(long, help_heading = "Measures")]
     dense: bool,
+    /// Compare with an earlier result of `--format json`
+    #[arg(long, value_name = "PREVIOUS.json", help_heading = "Output")]
+    against: Option<PathBuf>,
+    /// Also write a self-contained page with figures
+    #[arg(long, value_name = "FILE.html", help_heading = "Output")]
+    report: Option<PathBuf>,
     /// Put all singular values into the JSON
     #[arg(long, help_heading = "Output")]
     sigma: bool,
@@ -73,11 +81,18 @@ pub struct Args {
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         let output = &self.output;
-        if let Some(path) = &output.output {
+        for path in output.output.iter().chain(&self.report) {
             staged::refuse_existing(path, output.force)?;
         }
         let options = self.options()?;
-        let spectrum = spectrum::run(&options, progress)?;
+        let mut spectrum = spectrum::run(&options, progress)?;
+        if let Some(path) = &self.report {
+            staged::write_file(path, report::html::page(&spectrum)?.as_bytes(), output.force)?;
+            progress.info(&format!("wrote '{}'", path.display()));
+            if !self.sigma {
+                spectrum.forget_sigma();
+            }
+        }
         let shown = SpectrumReport { spectrum: &spectrum, wide: output.format == Format::Csv };
         report::emit(&shown, output.format, output.output.as_deref(), output.force)?;
         Ok(if spectrum.passed() { Outcome::Yes } else { Outcome::No })
@@ -93,7 +108,9 @@ impl Args {
             rank: self.rank.map(|r| r as usize),
             skip_nonfinite: self.skip_nonfinite,
             common_only: self.common_only,
-            sigma: self.sigma,
+            sigma: self.sigma || self.report.is_some(),
+            hashes: self.report.is_some(),
+            against: self.against.clone(),
             method: if self.dense { Method::Dense } else { Method::Auto },
         })
     }

@@ -1,5 +1,6 @@
 //! Results -> table, JSON, CSV or Markdown. Computes nothing.
 
+pub mod html;
 mod merge;
 pub mod spectrum;
 pub mod table;

@@ -1,7 +1,7 @@
 //! `spectrum`: matrices, module kinds, gates.
 
 use super::{Report, table::Table};
-use crate::spectrum::{GateResult, Matrix, Reason, Spectrum, groups::Range, measures::METRICS};
+use crate::spectrum::{Against, GateResult, Matrix, Reason, Spectrum, groups::Range, measures::METRICS};
 use serde::{Serialize, Serializer};
 
 /// A spectrum as it is shown.
@@ -28,6 +28,9 @@ impl Report for SpectrumReport<'_> {
         if !s.cycles.is_empty() {
             tables.push(cycle_table(s));
         }
+        if let Some(against) = &s.against {
+            tables.push(against_table(against, several_labels(s)));
+        }
         if !s.gates.is_empty() {
             tables.push(gate_table(&s.gates));
         }
@@ -36,6 +39,7 @@ impl Report for SpectrumReport<'_> {
 
     fn remarks(&self) -> Vec<String> {
         let mut remarks = skipped_remarks(self.spectrum);
+        remarks.extend(self.spectrum.against.iter().flat_map(against_remarks));
         remarks.extend(self.spectrum.gates.iter().filter(|g| !g.passed).map(offenders));
         if let Some(verdict) = verdict(&self.spectrum.gates) {
             remarks.push(verdict);
@@ -137,8 +141,37 @@ fn cycle_table(s: &Spectrum) -> Table {
     table
 }
 
+fn against_table(against: &Against, several: bool) -> Table {
+    let title = format!("Against '{}': medians before -> now", against.path.display());
+    let mut header = vec!["module"];
+    header.extend(several.then_some("source"));
+    header.extend(["above noise", "effective", "s1"]);
+    let mut table = Table::new(title, &header);
+    let arrow = |(before, now): (f64, f64)| format!("{} -> {}", number(before), number(now));
+    for c in &against.changes {
+        let mut row = vec![c.module.clone()];
+        row.extend(several.then(|| c.label.clone()));
+        let effective = c.effective_rank.map_or("null".into(), arrow);
+        row.extend([arrow(c.rank_above_noise), effective, arrow(c.spectral_norm)]);
+        table.row(row);
+    }
+    table
+}
+
+fn against_remarks(against: &Against) -> Vec<String> {
+    let mut remarks = Vec::new();
+    for l in &against.losses {
+        remarks.push(format!("{} ('{}') lost rank: {} before, {} now", l.name, l.label, l.before, l.now));
+    }
+    let places = [(&against.only_here, "new here"), (&against.only_there, "no longer here")];
+    for (names, words) in places.into_iter().filter(|(names, _)| !names.is_empty()) {
+        remarks.push(format!("{} {words} (first: {})", plural(names.len(), "update"), names[0]));
+    }
+    remarks
+}
+
 /// `8` where all are the same, `12 (8 to 16)` otherwise.
-fn range(r: Range) -> String {
+pub(super) fn range(r: Range) -> String {
     if r.min == r.max {
         number(r.median)
     } else {

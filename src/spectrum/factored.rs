@@ -5,13 +5,17 @@
 //! singular values of the small core `U Vᵀ`. The first k cycles are the first columns of L, whose triangle is the
 //! leading block of U: one QR of each side serves every cycle.
 
-use super::svd;
+use super::{
+    measures::BELOW,
+    svd::{self, Method},
+};
 use crate::{
     delta::LowRank,
     error::{Error, Result},
 };
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use ndarray_linalg::{Lapack, MatrixLayout};
+use std::{convert::Infallible, ops::Range};
 
 /// Singular values of one cycle's delta and of the sum of all up to it: `min(m, n)` each, largest first.
 #[derive(Clone, Debug)]
@@ -22,8 +26,9 @@ pub struct CycleValues {
     pub cumulative: Vec<f64>,
 }
 
-/// Singular values of every cycle and of every partial sum of `deltas`, which have one shape.
-pub fn singular_values(deltas: &[LowRank<f64>]) -> Result<Vec<CycleValues>> {
+/// Singular values of every cycle and of every partial sum of `deltas`, which have one shape. `method` and `tolerance`
+/// as for [`svd::streamed`]; they matter where the ranks add up to more than a few hundred.
+pub fn singular_values(deltas: &[LowRank<f64>], method: Method, tolerance: f64) -> Result<Vec<CycleValues>> {
     let Some(first) = deltas.first() else { return Ok(Vec::new()) };
     let (m, n) = first.shape();
     let lefts: Vec<Array2<f64>> = deltas.iter().map(|d| &d.left * d.scaling).collect();
@@ -39,20 +44,23 @@ pub fn singular_values(deltas: &[LowRank<f64>]) -> Result<Vec<CycleValues>> {
         let begin = end;
         end += delta.r();
         let block = |t: &Array2<f64>| triangle(t.slice(s![..t.nrows().min(end), begin..end]).to_owned());
-        let own = core(block(&u)?.view(), block(&v)?.view(), m.min(n))?;
+        let core = |u: ArrayView2<f64>, v: ArrayView2<f64>| core(u, v, m.min(n), method, tolerance);
+        let own = core(block(&u)?.view(), block(&v)?.view())?;
         let leading = |t: &Array2<f64>| t.slice(s![..t.nrows().min(end), ..end]).to_owned();
-        let cumulative = if begin == 0 { own.clone() } else { core(leading(&u).view(), leading(&v).view(), m.min(n))? };
+        let cumulative = if begin == 0 { own.clone() } else { core(leading(&u).view(), leading(&v).view())? };
         values.push(CycleValues { own, cumulative });
     }
     Ok(values)
 }
 
 /// Singular values of `u vᵀ`, padded with the exact zeros that make them `count`.
-fn core(u: ArrayView2<f64>, v: ArrayView2<f64>, count: usize) -> Result<Vec<f64>> {
-    let mut product = u.dot(&v.t());
-    let (rows, columns) = product.dim();
-    let entries = product.as_slice_mut().ok_or_else(|| Error::world("a product is not contiguous"))?;
-    let mut sigma = svd::singular_values(entries, rows, columns)?;
+fn core(u: ArrayView2<f64>, v: ArrayView2<f64>, count: usize, method: Method, tolerance: f64) -> Result<Vec<f64>> {
+    let product = u.dot(&v.t());
+    let block = |rows: Range<usize>, columns: Range<usize>, out: &mut [f64]| {
+        out.iter_mut().zip(product.slice(s![rows, columns])).for_each(|(o, x)| *o = *x);
+        Ok(Ok::<(), Infallible>(()))
+    };
+    let Ok(mut sigma) = svd::streamed(product.dim(), method, tolerance, BELOW, block)?;
     sigma.resize(count, 0.0);
     Ok(sigma)
 }
@@ -86,8 +94,13 @@ mod tests {
     /// Sums stay low-rank (T < min), reach it, or exceed it on one or both sides: all agree with the dense SVD.
     #[test]
     fn every_partial_sum_agrees_with_the_dense_path() {
-        for (m, n, ranks) in [(40, 30, vec![4, 4, 4]), (12, 50, vec![5, 3, 6, 2]), (6, 5, vec![4, 4]), (9, 9, vec![9])]
-        {
+        for (m, n, ranks) in [
+            (40, 30, vec![4, 4, 4]),
+            (12, 50, vec![5, 3, 6, 2]),
+            (6, 5, vec![4, 4]),
+            (9, 9, vec![9]),
+            (320, 400, vec![150, 150]),
+        ] {
             let deltas: Vec<LowRank<f64>> = (ranks.iter().enumerate())
                 .map(|(k, &r)| LowRank {
                     left: random(k as u64 + 1, m, r),
@@ -96,7 +109,7 @@ mod tests {
                 })
                 .collect();
             let mut sum = Array2::zeros((m, n));
-            for (delta, found) in deltas.iter().zip(singular_values(&deltas).unwrap()) {
+            for (delta, found) in deltas.iter().zip(singular_values(&deltas, Method::Auto, 1e-5).unwrap()) {
                 let own = delta.dense();
                 sum += &own;
                 for (dense, values) in [(own, &found.own), (sum.clone(), &found.cumulative)] {
@@ -104,7 +117,8 @@ mod tests {
                         svd::singular_values(dense.into_raw_vec_and_offset().0.as_mut_slice(), m, n).unwrap();
                     assert_eq!(values.len(), expected.len());
                     for (a, b) in values.iter().zip(&expected) {
-                        assert!((a - b).abs() < 1e-12 * expected[0], "{m}x{n}: {a} {b}");
+                        let allowed = if m < 300 { 1e-12 } else { 1e-6 };
+                        assert!((a - b).abs() < allowed * expected[0], "{m}x{n}: {a} {b}");
                     }
                 }
                 assert!(found.own[delta.r().min(m).min(n)..].iter().all(|&s| s == 0.0));
@@ -115,6 +129,6 @@ mod tests {
     #[test]
     fn a_zero_delta_has_zero_values() {
         let delta = LowRank { left: Array2::zeros((5, 2)), right: random(1, 2, 4), scaling: 2.0 };
-        assert_eq!(singular_values(&[delta]).unwrap()[0].cumulative, [0.0; 4]);
+        assert_eq!(singular_values(&[delta], Method::Auto, 1e-5).unwrap()[0].cumulative, [0.0; 4]);
     }
 }

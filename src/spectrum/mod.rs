@@ -3,6 +3,7 @@
 //! [`run`] opens the sources, checks that they fit, chooses the matrices, computes their singular values (largest
 //! matrices first, spread over the threads) and judges the gates.
 
+pub mod against;
 pub mod cycles;
 pub mod factored;
 pub mod gates;
@@ -18,6 +19,7 @@ pub mod schedule;
 mod source;
 pub mod svd;
 
+pub use against::Against;
 pub use cycles::CycleSummary;
 pub use gates::{Gate, GateResult};
 pub use groups::Group;
@@ -36,7 +38,7 @@ use measures::BELOW;
 use noise::UlpSums;
 use serde::{Deserialize, Serialize};
 use source::{Job, Opened, Work, skipped};
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// What to measure and how.
 #[derive(Clone, Debug, Default)]
@@ -61,6 +63,10 @@ pub struct Options {
     pub sigma: bool,
     /// How singular values are computed.
     pub method: Method,
+    /// Hash the files of the sources.
+    pub hashes: bool,
+    /// An earlier result, as JSON, to compare with.
+    pub against: Option<PathBuf>,
 }
 
 /// The result of [`run`]; its serialisation is the JSON of the command.
@@ -81,6 +87,9 @@ pub struct Spectrum {
     /// How the rank grows, one entry per cycle of each run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cycles: Vec<CycleSummary>,
+    /// Comparison with an earlier result, if asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub against: Option<Against>,
 }
 
 /// One labelled source.
@@ -98,6 +107,9 @@ pub struct Source {
     /// Number of finished cycles, for runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cycles: Option<u64>,
+    /// File -> sha256 of its content, if asked for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub files: BTreeMap<String, String>,
 }
 
 /// The measures of one update of one weight.
@@ -167,6 +179,11 @@ impl Spectrum {
         self.gates.iter().all(|g| g.passed)
     }
 
+    /// Drops the singular values themselves.
+    pub fn forget_sigma(&mut self) {
+        self.matrices.iter_mut().for_each(|m| m.sigma = None);
+    }
+
     /// The whole update of every weight: for runs, the sum of all cycles. Gates and groups look at these.
     pub fn totals(&self) -> impl Iterator<Item = &Matrix> {
         totals(&self.sources, &self.matrices)
@@ -181,6 +198,7 @@ fn totals<'a>(sources: &'a [Source], matrices: &'a [Matrix]) -> impl Iterator<It
 /// Measures every matrix of every source.
 pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     check_labels(options)?;
+    let before = options.against.as_deref().map(against::read).transpose()?;
     let opened = options.requests.iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
     let (mut jobs, mut skipped) = (Vec::new(), Vec::new());
     for source in &opened {
@@ -204,11 +222,15 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     if matrices.is_empty() && jobs.is_empty() {
         return Err(nothing_to_measure(options, &skipped));
     }
-    let sources: Vec<Source> = opened.iter().map(Opened::describe).collect();
+    let sources = opened.iter().map(|o| o.describe(options.hashes)).collect::<Result<Vec<_>>>()?;
     let gates = judge(&options.gates, &sources, &matrices)?;
     let groups = groups::groups(totals(&sources, &matrices));
     let cycles = cycles::summarise(&matrices);
-    Ok(Spectrum { schema: 1, groups, sources, matrices, gates, skipped, cycles })
+    let mut spectrum = Spectrum { schema: 1, groups, sources, matrices, gates, skipped, cycles, against: None };
+    if let (Some(path), Some(before)) = (&options.against, before) {
+        spectrum.against = Some(against::compare(path, &before, &spectrum));
+    }
+    Ok(spectrum)
 }
 
 fn check_labels(options: &Options) -> Result<()> {
@@ -294,7 +316,7 @@ fn measure(job: &Job, options: &Options) -> Result<Measured> {
 }
 
 fn measure_factors(job: &Job, options: &Options, factors: &Factors, deltas: &[LowRank<f64>]) -> Result<Vec<Matrix>> {
-    let values = factored::singular_values(deltas)?;
+    let values = factored::singular_values(deltas, options.method, tolerance(job, options))?;
     let Some(cycles) = &job.cycles else {
         return Ok(values.into_iter().map(|v| matrix(job, options, None, v.own, 0.0)).collect());
     };

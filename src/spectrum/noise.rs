@@ -100,4 +100,91 @@ mod tests {
         let expected = 2.0 * s * ((m as f64).sqrt() + (n as f64).sqrt());
         assert!((sums.noise_edge(4) - expected).abs() < 1e-12);
     }
+
+    /// Uniform in 0..1 (SplitMix64).
+    struct Random(u64);
+
+    impl Random {
+        fn uniform(&mut self) -> f64 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        }
+
+        fn normal(&mut self) -> f64 {
+            (-2.0 * (1.0 - self.uniform()).ln()).sqrt() * (std::f64::consts::TAU * self.uniform()).cos()
+        }
+
+        fn between(&mut self, low: usize, high: usize) -> usize {
+            low + (self.uniform() * (high - low) as f64) as usize
+        }
+    }
+
+    /// Weights as models have them: Gaussian of various sizes, heavy tails, rows of different size, outlier columns.
+    fn model_like(random: &mut Random, kind: usize, m: usize, n: usize) -> Vec<f32> {
+        let std = [0.02, 0.006, 0.1, 0.02, 0.02][kind % 5];
+        let rows: Vec<f64> = (0..m).map(|_| if kind % 5 == 3 { (0.7 * random.normal()).exp() } else { 1.0 }).collect();
+        let outlier: Vec<bool> = (0..n).map(|_| kind % 5 == 4 && random.uniform() < 0.02).collect();
+        let tail = |random: &mut Random| if kind % 5 == 2 { (random.uniform() + 0.05).recip().sqrt() } else { 1.0 };
+        let mut entry = |i: usize| {
+            let scale = std * rows[i / n] * if outlier[i % n] { 20.0 } else { 1.0 } * tail(random);
+            (scale * random.normal()) as f32
+        };
+        (0..m * n).map(&mut entry).collect()
+    }
+
+    /// Singular values of `stored(changed) - weight`, and the edge of that storage.
+    fn rounding_spectrum(dtype: Dtype, weight: &[f32], changed: &[f32], m: usize, n: usize) -> (Vec<f64>, f64) {
+        let bytes = crate::checkpoint::dtype::encode_f32(dtype, changed).unwrap();
+        let mut stored = vec![0.0; m * n];
+        crate::checkpoint::dtype::decode_f64(dtype, &bytes, &mut stored).unwrap();
+        let mut sums = UlpSums::new(m, n);
+        (0..m).for_each(|row| sums.add(dtype, row, 0, &stored[row * n..(row + 1) * n]));
+        let mut delta: Vec<f64> = stored.iter().zip(weight).map(|(s, w)| s - f64::from(*w)).collect();
+        (super::super::svd::singular_values(&mut delta, m, n).unwrap(), sums.noise_edge(1))
+    }
+
+    #[test]
+    fn pure_rounding_stays_below_the_edge_in_99_percent_of_1000_trials() {
+        let mut above = 0;
+        for trial in 0..1000 {
+            let mut random = Random(trial as u64);
+            let (m, n) = (random.between(24, 72), random.between(24, 160));
+            let dtype = [Dtype::BF16, Dtype::F16][trial / 5 % 2];
+            let weight = model_like(&mut random, trial, m, n);
+            let (sigma, edge) = rounding_spectrum(dtype, &weight, &weight, m, n);
+            above += usize::from(sigma[0] > edge);
+        }
+        assert!(above <= 10, "rounding passed for rank in {above} of 1000 trials");
+    }
+
+    #[test]
+    fn the_edge_is_not_slack_on_gaussian_weights() {
+        for (m, n) in [(64, 64), (128, 340), (256, 256)] {
+            let mut random = Random(7);
+            let weight = model_like(&mut random, 0, m, n);
+            let (sigma, edge) = rounding_spectrum(Dtype::BF16, &weight, &weight, m, n);
+            assert!(edge < 1.5 * sigma[0], "{m}x{n}: the edge is {:.2} of the noise", edge / sigma[0]);
+        }
+    }
+
+    #[test]
+    fn a_rank_8_delta_in_bf16_looks_full_but_counts_8_above_the_noise() {
+        let (m, n, r) = (256, 256, 8);
+        let mut random = Random(11);
+        let weight: Vec<f32> =
+            model_like(&mut random, 0, m, n).iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
+        let (b, a): (Vec<f64>, Vec<f64>) =
+            ((0..m * r).map(|_| random.normal()).collect(), (0..r * n).map(|_| random.normal()).collect());
+        // A tenth of the weight's size, spread over 8 directions.
+        let delta =
+            |i: usize| (0..r).map(|k| b[i / n * r + k] * a[k * n + i % n]).sum::<f64>() * 0.002 / (r as f64).sqrt();
+        let changed: Vec<f32> = weight.iter().enumerate().map(|(i, w)| w + delta(i) as f32).collect();
+        let (sigma, edge) = rounding_spectrum(Dtype::BF16, &weight, &changed, m, n);
+        let measures = super::super::Measures::new(&sigma, (m, n), n as f64 * f64::from(f32::EPSILON), edge);
+        assert!(measures.numerical_rank > 240, "numerical rank {}", measures.numerical_rank);
+        assert_eq!(measures.rank_above_noise, 8);
+    }
 }

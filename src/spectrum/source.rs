@@ -9,12 +9,17 @@ use super::{
     svd::Method,
 };
 use crate::{
-    adapter::Adapter,
+    adapter::{Adapter, config::CONFIG_NAME},
     checkpoint::{Checkpoint, Dtype},
     error::{Error, Result},
+    interrupt,
+    run::{RunDir, sha256_file},
 };
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// A path and the name its results go by.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,19 +140,34 @@ impl Opened {
         })
     }
 
-    pub fn describe(&self) -> Source {
+    pub fn describe(&self, hashes: bool) -> Result<Source> {
         let (label, kind, base, path) = match self {
             Opened::Checkpoints { label, base, tuned } => (label, "checkpoints", Some(base.path()), tuned.path()),
             Opened::Adapter { label, adapter } => (label, "adapter", None, adapter.path()),
             Opened::Run { label, run } => (label, "run", None, run.path()),
         };
         let cycles = if let Opened::Run { run, .. } = self { Some(run.cycles()) } else { None };
-        Source {
-            label: label.clone(),
-            kind: kind.into(),
-            base: base.map(Path::to_owned),
-            path: path.to_owned(),
-            cycles,
+        let mut files = BTreeMap::new();
+        if hashes {
+            for file in self.files() {
+                interrupt::check()?;
+                let hash = sha256_file(&file)?;
+                files.insert(file.display().to_string(), hash);
+            }
+        }
+        let (base, path) = (base.map(Path::to_owned), path.to_owned());
+        Ok(Source { label: label.clone(), kind: kind.into(), base, path, cycles, files })
+    }
+
+    /// The files the result depends on; of a run its manifest, which vouches for the others.
+    fn files(&self) -> Vec<PathBuf> {
+        let of = |c: &Checkpoint| c.files().iter().map(|f| f.path().to_owned()).collect::<Vec<_>>();
+        match self {
+            Opened::Checkpoints { base, tuned, .. } => [of(base), of(tuned)].concat(),
+            Opened::Adapter { adapter, .. } => {
+                vec![adapter.path().join(CONFIG_NAME), adapter.file().path().to_owned()]
+            }
+            Opened::Run { run, .. } => vec![RunDir(run.path().to_owned()).manifest_path()],
         }
     }
 

@@ -10,6 +10,7 @@ use crate::{
     spectrum::{
         factored,
         schedule::{self, Need},
+        svd::Method,
     },
 };
 use serde_json::Value;
@@ -126,7 +127,8 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
         |(_, _, module, fan_in_fan_out)| {
             let delta = LowRank::read_f64(module, *fan_in_fan_out)?;
             let (m, n) = delta.shape();
-            let sigma = factored::singular_values(&[delta])?.pop().map(|v| v.own).unwrap_or_default();
+            let sigma =
+                factored::singular_values(&[delta], Method::Dense, 0.0)?.pop().map(|v| v.own).unwrap_or_default();
             let s1 = sigma.first().copied().unwrap_or(0.0);
             let rounding = m.max(n) as f64 * f64::EPSILON * s1;
             Ok((sigma.iter().filter(|&&s| s > rounding).count(), m.min(n)))
