@@ -317,6 +317,95 @@ fn base_and_cycles_of_a_run_are_its_final_checkpoint() {
     }
 }
 
+#[test]
+fn a_checkpoint_of_the_official_code_merges_its_own_factors() {
+    let small = Small::new();
+    let base = small.path("base");
+    let tensors = |scaling: f32| {
+        write_tensors(
+            &base.join("model.safetensors"),
+            &[
+                (&format!("{Q}.weight"), "F32", &[4, 3], f32_bytes(&[1.0; 12])),
+                (&format!("{Q}.lora_A.weight"), "F32", &[2, 3], f32_bytes(&[0.5; 6])),
+                (&format!("{Q}.lora_B.weight"), "F32", &[4, 2], f32_bytes(&[0.25; 8])),
+                (&format!("{Q}.scaling"), "F32", &[1], f32_bytes(&[scaling])),
+            ],
+        );
+    };
+    let (base_name, out) = (base.display().to_string(), small.path("out"));
+    let merge = || run(["merge", "--base", &base_name, "-o", out.to_str().unwrap(), "--force"]);
+    tensors(0.5);
+    let (code, _, stderr) = merge();
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("relora_config.json") && stderr.contains("help: "), "{stderr}");
+    let config = r#"{"r": 2, "lora_alpha": 32, "trainable_scaling": true}"#;
+    fs::write(base.join("relora_config.json"), config).unwrap();
+    let (code, _, stderr) = merge();
+    assert_eq!(code, 0, "{stderr}");
+    let merged = Checkpoint::open(&out).unwrap();
+    assert_eq!(merged.len(), 1, "the factors are gone");
+    let expected = 1.0 + 0.25 * 0.5f32.tanh();
+    for value in values(&out, &format!("{Q}.weight")) {
+        assert!((value - expected).abs() < 1e-6, "{value} and {expected}");
+    }
+}
+
+/// A base without a head, an embedding [4, 3] that is tied to it, and an adapter for what `key` names.
+fn tied(key: &str, values: &[f32], config: serde_json::Value) -> (Small, (i32, String, String)) {
+    let small = Small::new();
+    let base = small.path("base");
+    fs::write(base.join("config.json"), r#"{"tie_word_embeddings": true}"#).unwrap();
+    let embedding = ("model.embed_tokens.weight", "F32", &[4, 3][..], f32_bytes(&[1.0; 12]));
+    write_tensors(&base.join("model.safetensors"), &[embedding]);
+    let adapter = small.path("adapter");
+    fs::write(adapter.join("adapter_config.json"), config.to_string()).unwrap();
+    let key = format!("base_model.model.{key}");
+    write_tensors(&adapter.join("adapter_model.safetensors"), &[(&key, "F32", &[4, 3], f32_bytes(values))]);
+    let result = run(small.args(&[]));
+    (small, result)
+}
+
+#[test]
+fn a_saved_head_or_embedding_of_a_tied_model_unties_it() {
+    for (key, head, embedding) in [("lm_head.weight", 2.0, 1.0), ("model.embed_tokens.weight", 1.0, 2.0)] {
+        let module = key.rsplit('.').nth(1).unwrap();
+        let config = serde_json::json!({"peft_type": "LORA", "modules_to_save": [module]});
+        let (small, (code, _, stderr)) = tied(key, &[2.0; 12], config);
+        assert_eq!(code, 0, "{stderr}");
+        let out = small.path("out");
+        assert_eq!(values(&out, "lm_head.weight"), [head; 12], "{key}");
+        assert_eq!(values(&out, "model.embed_tokens.weight"), [embedding; 12], "{key}");
+        let config = fs::read_to_string(out.join("config.json")).unwrap();
+        assert!(config.contains("\"tie_word_embeddings\": false"), "{config}");
+    }
+}
+
+#[test]
+fn an_embedding_that_stays_tied_is_stored_once() {
+    let config =
+        serde_json::json!({"peft_type": "LORA", "modules_to_save": ["embed_tokens"], "ensure_weight_tying": true});
+    let (small, (code, _, stderr)) = tied("model.embed_tokens.weight", &[2.0; 12], config);
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(Checkpoint::open(&small.path("out")).unwrap().len(), 1);
+}
+
+#[test]
+fn what_peft_cannot_merge_is_refused_by_name() {
+    for (key, value, part) in [
+        ("init_lora_weights", serde_json::json!("pissa_niter_4"), "pissa changed the base's weights"),
+        ("layer_replication", serde_json::json!([[0, 2]]), "layer_replication is set"),
+        ("use_dora", serde_json::json!(true), "has no magnitude"),
+        ("peft_type", serde_json::json!("LOHA"), "is a LOHA adapter, expected LORA"),
+    ] {
+        let small = Small::new();
+        let path = small.path("adapter").join("adapter_config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config[key] = value;
+        fs::write(&path, config.to_string()).unwrap();
+        small.refuses(&[part, "adapter"]);
+    }
+}
+
 /// A base that takes long enough to be interrupted: 192 MiB in many tensors, and a rank 64 adapter for each.
 fn large() -> Small {
     let small = Small(tempfile::tempdir().unwrap());

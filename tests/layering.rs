@@ -37,7 +37,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("memmap2", &["checkpoint"]),
     ("indicatif", &["merge", "progress", "report", "train"]),
     ("comfy_table", &["report"]),
-    ("candle_core", &["convert"]),
+    ("candle_core", &["adapter", "convert"]),
 ];
 
 #[test]

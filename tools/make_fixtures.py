@@ -85,6 +85,9 @@ def adapters():
                 if "lora_" in key:
                     p.copy_(0.05 * torch.randn(p.shape, generator=generator))
         save_adapter(model, OUT / name)
+    (OUT / "tiny_adapter_bin").mkdir(exist_ok=True)
+    shutil.copy(OUT / "tiny_adapter" / "adapter_config.json", OUT / "tiny_adapter_bin")
+    torch.save(load_file(OUT / "tiny_adapter" / "adapter_model.safetensors"), OUT / "tiny_adapter_bin" / "adapter_model.bin")
     path = OUT / "patterns_adapter" / "adapter_model.safetensors"
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(path).items()}, path, {"format": "pt"})
 

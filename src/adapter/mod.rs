@@ -2,6 +2,7 @@
 //!
 //! Letters: A is `[r, in]`, B is `[out, r]`, the delta of a weight `[out, in]` is `scaling * B @ A`.
 
+mod bin;
 pub mod config;
 pub mod names;
 mod pattern;
@@ -46,7 +47,11 @@ impl Adapter {
                 config.peft_type
             )));
         }
-        let file = TensorFile::open(&path.join(ADAPTER_NAME))?;
+        let (tensors, pickled) = (path.join(ADAPTER_NAME), path.join(bin::BIN_NAME));
+        let file = match !tensors.exists() && pickled.exists() {
+            true => bin::open(&pickled)?,
+            false => TensorFile::open(&tensors)?,
+        };
         let mut parts: BTreeMap<String, BTreeMap<Part, usize>> = BTreeMap::new();
         for (i, tensor) in file.tensors().enumerate() {
             let (module, part) = names::parse_key(tensor.name()).ok_or_else(|| {

@@ -29,6 +29,11 @@ impl TensorFile {
         if file.metadata().map_err(|e| Error::io("read", path, e))?.is_dir() {
             return Err(Error::request(format!("'{}' is a folder, expected a safetensors file", path.display())));
         }
+        Self::from_file(file, path)
+    }
+
+    /// Maps an open file and checks its header; errors call it `path`.
+    pub fn from_file(file: File, path: &Path) -> Result<TensorFile> {
         // SAFETY: the map is read-only and private to this struct. The promise that nobody truncates or rewrites the
         // file while it is mapped is the user's; our own writers keep it by never writing in place (see `staged`).
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
