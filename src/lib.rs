@@ -11,6 +11,7 @@ pub mod threads;
 pub mod adapter;
 pub mod checkpoint;
 pub mod delta;
+pub mod diff;
 pub mod inspect;
 pub mod merge;
 pub mod run;

@@ -20,6 +20,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("adapter", &["checkpoint"]),
     ("delta", &["adapter", "checkpoint"]),
     ("run", &[]),
+    ("diff", &["adapter", "checkpoint", "delta"]),
     ("inspect", &["adapter", "checkpoint", "delta"]),
     ("merge", &["adapter", "checkpoint", "delta"]),
     ("spectrum", &["adapter", "checkpoint", "delta", "run"]),
@@ -28,7 +29,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("model", &["ops", "adapter", "checkpoint"]),
     ("tokenize", &["checkpoint", "train"]),
     ("train", &["model", "ops", "adapter", "checkpoint", "run"]),
-    ("report", &["inspect", "merge", "spectrum", "verify", "tokenize", "train", "adapter", "checkpoint"]),
+    ("report", &["diff", "inspect", "merge", "spectrum", "verify", "tokenize", "train", "adapter", "checkpoint"]),
 ];
 
 /// A crate that only some modules may name.

@@ -6,11 +6,13 @@ pub mod dtype;
 mod file;
 pub mod header;
 mod index;
+mod select;
 mod writer;
 
 pub use dtype::Dtype;
 pub use file::{Tensor, TensorFile};
 pub use index::{INDEX_NAME, Index};
+pub use select::{Filter, natural_key};
 pub use writer::{TensorSpec, Writer};
 
 use crate::error::{Error, Result};

@@ -1,7 +1,9 @@
 //! Arguments -> options -> library -> report. No work is done here.
 
 mod completions;
+mod diff;
 mod eval;
+mod inspect;
 mod merge;
 mod spectrum;
 mod tokenize;
@@ -76,6 +78,8 @@ enum Command {
     Merge(merge::Args),
     Spectrum(Box<spectrum::Args>),
     Verify(verify::Args),
+    Inspect(inspect::Args),
+    Diff(diff::Args),
     Train(train::Args),
     Tokenize(tokenize::Args),
     Eval(eval::Args),
@@ -135,6 +139,8 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         Command::Train(args) => args.run(&progress),
         Command::Tokenize(args) => args.run(&progress),
         Command::Eval(args) => args.run(&progress),
+        Command::Inspect(args) => args.run(&progress),
+        Command::Diff(args) => args.run(&progress),
         Command::Completions(args) => args.run(&mut Cli::command()),
     }
 }

@@ -1,6 +1,8 @@
 //! Results -> table, JSON, CSV or Markdown. Computes nothing.
 
+mod diff;
 pub mod html;
+mod inspect;
 mod merge;
 pub mod spectrum;
 pub mod table;

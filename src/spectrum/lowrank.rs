@@ -3,11 +3,11 @@
 use super::{
     Reason, Skipped, names,
     noise::UlpSums,
-    source::{Filter, Job, Work, natural_key, skipped},
+    source::{Job, Work, skipped},
 };
 use crate::{
     adapter::{Adapter, Module},
-    checkpoint::{Checkpoint, Tensor},
+    checkpoint::{Checkpoint, Filter, Tensor, natural_key},
     delta::LowRank,
     error::{Error, Result},
     run::{Manifest, RunDir},

@@ -3,10 +3,10 @@
 use super::{
     Options, Reason, Skipped, names,
     noise::UlpSums,
-    source::{Filter, Job, Work, natural_key, skipped},
+    source::{Job, Work, skipped},
 };
 use crate::{
-    checkpoint::{Checkpoint, Tensor, dtype},
+    checkpoint::{Checkpoint, Filter, Tensor, dtype, natural_key},
     error::{Error, Result},
 };
 use std::ops::Range;

@@ -10,12 +10,11 @@ use super::{
 };
 use crate::{
     adapter::{Adapter, config::CONFIG_NAME},
-    checkpoint::{Checkpoint, Dtype},
-    error::{Error, Result},
+    checkpoint::{Checkpoint, Dtype, Filter},
+    error::Result,
     interrupt,
     run::{RunDir, sha256_file},
 };
-use globset::{Glob, GlobSet, GlobSetBuilder};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -181,35 +180,5 @@ impl Opened {
             Opened::Adapter { label, adapter } => lowrank::plan_adapter(label, adapter, &filter, jobs, skipped),
             Opened::Run { label, run } => run.plan(label, &filter, jobs, skipped),
         }
-    }
-}
-
-/// Sorts `layers.10` after `layers.9`.
-pub(super) fn natural_key(name: &str) -> Vec<(u64, String)> {
-    let part = |p: &str| p.parse::<u64>().map_or((0, p.to_owned()), |n| (n + 1, String::new()));
-    name.split('.').map(part).collect()
-}
-
-/// Globs over tensor names.
-pub(super) struct Filter(Option<GlobSet>);
-
-impl Filter {
-    pub fn new(globs: &[String]) -> Result<Filter> {
-        if globs.is_empty() {
-            return Ok(Filter(None));
-        }
-        let mut set = GlobSetBuilder::new();
-        for glob in globs {
-            set.add(
-                Glob::new(glob)
-                    .map_err(|e| Error::request(format!("--filter '{glob}' is not a glob: {}", e.kind())))?,
-            );
-        }
-        let set = set.build().map_err(|e| Error::request(format!("--filter: {e}")))?;
-        Ok(Filter(Some(set)))
-    }
-
-    pub fn takes(&self, name: &str) -> bool {
-        self.0.as_ref().is_none_or(|set| set.is_match(name))
     }
 }

@@ -1,0 +1,324 @@
+//! Minimum, maximum, mean, standard deviation, zeros, NaN and infinities of tensors, in one pass over their bytes.
+
+use crate::{
+    checkpoint::{Dtype, Tensor, dtype},
+    delta::unravel,
+    error::Result,
+    interrupt,
+    progress::Progress,
+};
+use rayon::prelude::*;
+use serde::Serialize;
+
+/// Statistics of the values. Minimum, maximum, mean and standard deviation are over the finite ones, and absent when
+/// there are none.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stats {
+    /// Smallest finite value.
+    pub min: Option<f64>,
+    /// Largest finite value.
+    pub max: Option<f64>,
+    /// Mean.
+    pub mean: Option<f64>,
+    /// Standard deviation, of the population.
+    pub std: Option<f64>,
+    /// How many are 0 or -0.
+    pub zeros: u64,
+    /// How many are not a number.
+    pub nan: u64,
+    /// How many are infinite.
+    pub inf: u64,
+    /// Index of the first that is not finite.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_non_finite: Option<Vec<usize>>,
+}
+
+/// Elements that one task reads.
+const PIECE: usize = 1 << 18;
+
+/// Elements that are decoded and summed together, in the first-level cache.
+const CHUNK: usize = 2048;
+
+/// Statistics of each tensor; `None` for types whose values cannot be read. All pieces of all tensors are spread over
+/// the threads, then combined in order, so that the result does not depend on the number of threads.
+pub(super) fn of(tensors: &[Tensor], progress: &Progress) -> Result<Vec<Option<Stats>>> {
+    let known = |t: &Tensor| dtype::is_float(t.dtype()) || is_integer(t.dtype());
+    let pieces: Vec<(usize, usize)> = tensors
+        .iter()
+        .enumerate()
+        .filter(|(_, t)| known(t))
+        .flat_map(|(i, t)| (0..t.elements()).step_by(PIECE).map(move |first| (i, first)))
+        .collect();
+    let bar = progress.bytes("reading", tensors.iter().map(|t| t.bytes().len() as u64).sum());
+    let moments: Result<Vec<Moments>> = pieces
+        .par_iter()
+        .map_init(Scratch::default, |scratch, &(i, first)| {
+            interrupt::check()?;
+            let count = PIECE.min(tensors[i].elements() - first);
+            let moments = scratch.moments(&tensors[i], first, count)?;
+            bar.inc((count * tensors[i].dtype().bitsize() / 8) as u64);
+            Ok(moments)
+        })
+        .collect();
+    bar.finish_and_clear();
+    let mut totals: Vec<Option<Moments>> = tensors.iter().map(|t| known(t).then(Moments::default)).collect();
+    for (&(i, _), part) in pieces.iter().zip(moments?) {
+        totals[i] = totals[i].take().map(|total| total.and(part));
+    }
+    Ok(totals.into_iter().zip(tensors).map(|(total, t)| Some(total?.finish(t))).collect())
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Scratch {
+    bytes: Vec<u8>,
+    single: Vec<f32>,
+    double: Vec<f64>,
+}
+
+impl Scratch {
+    fn moments(&mut self, tensor: &Tensor, first: usize, count: usize) -> Result<Moments> {
+        let size = tensor.dtype().bitsize() / 8;
+        self.bytes.resize(count * size, 0);
+        tensor.copy_bytes((first * size) as u64, &mut self.bytes)?;
+        let mut all = Moments::default();
+        for (i, bytes) in self.bytes.chunks(CHUNK * size).enumerate() {
+            let (at, n) = (first + i * CHUNK, bytes.len() / size);
+            all = all.and(match tensor.dtype() {
+                Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
+                    self.single.resize(n, 0.0);
+                    dtype::decode_f32(tensor.dtype(), bytes, &mut self.single)?;
+                    Moments::of(&self.single, at)
+                }
+                other => {
+                    self.double.resize(n, 0.0);
+                    match other {
+                        Dtype::F64 => dtype::decode_f64(other, bytes, &mut self.double)?,
+                        _ => decode_integers(other, bytes, &mut self.double),
+                    }
+                    Moments::of(&self.double, at)
+                }
+            });
+        }
+        Ok(all)
+    }
+}
+
+fn is_integer(dtype: Dtype) -> bool {
+    use Dtype::{BOOL, I8, I16, I32, I64, U8, U16, U32, U64};
+    matches!(dtype, BOOL | U8 | I8 | U16 | I16 | U32 | I32 | U64 | I64)
+}
+
+fn decode_integers(dtype: Dtype, bytes: &[u8], out: &mut [f64]) {
+    macro_rules! decode {
+        ($($dtype:ident $int:ty),*) => {
+            match dtype {
+                $(Dtype::$dtype => {
+                    for (o, b) in out.iter_mut().zip(bytes.as_chunks::<{ size_of::<$int>() }>().0) {
+                        *o = <$int>::from_le_bytes(*b) as f64;
+                    }
+                })*
+                _ => out.fill(f64::NAN),
+            }
+        };
+    }
+    decode!(BOOL u8, U8 u8, I8 i8, U16 u16, I16 i16, U32 u32, I32 i32, U64 u64, I64 i64);
+}
+
+/// Sums of some elements, which combine in order.
+#[derive(Clone, Debug, PartialEq)]
+struct Moments {
+    min: f64,
+    max: f64,
+    finite: u64,
+    mean: f64,
+    /// Sum of squared distances to the mean.
+    squares: f64,
+    zeros: u64,
+    nan: u64,
+    inf: u64,
+    first_non_finite: Option<usize>,
+}
+
+impl Default for Moments {
+    fn default() -> Self {
+        Moments {
+            min: f64::INFINITY,
+            max: f64::NEG_INFINITY,
+            finite: 0,
+            mean: 0.0,
+            squares: 0.0,
+            zeros: 0,
+            nan: 0,
+            inf: 0,
+            first_non_finite: None,
+        }
+    }
+}
+
+impl Moments {
+    /// Of a few thousand values, the first of which has the flat index `first`.
+    fn of<T: Value>(values: &[T], first: usize) -> Moments {
+        let fast = Moments::of_finite(values);
+        if fast.mean.is_finite() && fast.squares.is_finite() {
+            return fast;
+        }
+        let is_finite = |v: &T| (*v).into().is_finite();
+        let finite: Vec<T> = values.iter().copied().filter(is_finite).collect();
+        let nan = values.iter().filter(|v| (**v).into().is_nan()).count() as u64;
+        Moments {
+            nan,
+            inf: (values.len() - finite.len()) as u64 - nan,
+            first_non_finite: values.iter().position(|v| !is_finite(v)).map(|i| first + i),
+            ..Moments::of_finite(&finite)
+        }
+    }
+
+    /// Sums of distances to the first value: values that lie close together far from zero keep all their digits.
+    fn of_finite<T: Value>(values: &[T]) -> Moments {
+        let Some(&pivot) = values.first() else { return Moments::default() };
+        let (n, pivot) = (values.len() as f64, pivot.into());
+        let Sums { min, max, sum, squares, zeros } = sums(values, pivot);
+        Moments {
+            min,
+            max,
+            finite: values.len() as u64,
+            mean: pivot + sum / n,
+            squares: (squares - sum * sum / n).max(if squares.is_nan() { f64::NAN } else { 0.0 }),
+            zeros,
+            ..Moments::default()
+        }
+    }
+
+    /// The rule of Chan, Golub and LeVeque (1983) for means and sums of squares.
+    fn and(self, b: Moments) -> Moments {
+        let n = self.finite + b.finite;
+        let (share, gap) = (b.finite as f64 / n.max(1) as f64, b.mean - self.mean);
+        Moments {
+            min: self.min.min(b.min),
+            max: self.max.max(b.max),
+            finite: n,
+            mean: self.mean + gap * share,
+            squares: self.squares + b.squares + gap * gap * self.finite as f64 * share,
+            zeros: self.zeros + b.zeros,
+            nan: self.nan + b.nan,
+            inf: self.inf + b.inf,
+            first_non_finite: self.first_non_finite.or(b.first_non_finite),
+        }
+    }
+
+    fn finish(self, tensor: &Tensor) -> Stats {
+        let any = |x: f64| (self.finite > 0).then_some(x);
+        Stats {
+            min: any(self.min),
+            max: any(self.max),
+            mean: any(self.mean),
+            std: any((self.squares / self.finite.max(1) as f64).sqrt()),
+            zeros: self.zeros,
+            nan: self.nan,
+            inf: self.inf,
+            first_non_finite: self.first_non_finite.map(|i| unravel(i, tensor.shape())),
+        }
+    }
+}
+
+/// f32 (holds every F16 and BF16) and f64.
+trait Value: Copy + PartialOrd + Into<f64> + Default {
+    const MIN: Self;
+    const MAX: Self;
+}
+
+impl Value for f32 {
+    const MIN: f32 = f32::NEG_INFINITY;
+    const MAX: f32 = f32::INFINITY;
+}
+
+impl Value for f64 {
+    const MIN: f64 = f64::NEG_INFINITY;
+    const MAX: f64 = f64::INFINITY;
+}
+
+struct Sums {
+    min: f64,
+    max: f64,
+    sum: f64,
+    squares: f64,
+    zeros: u64,
+}
+
+/// Independent partial sums, so that the compiler may use vectors.
+const LANES: usize = 16;
+
+/// Extremes, zeros, and sums of `x - pivot` and its square.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn sums<T: Value>(values: &[T], pivot: f64) -> Sums {
+    let (mut min, mut max) = ([T::MAX; LANES], [T::MIN; LANES]);
+    let (mut sum, mut squares, mut zeros) = ([0f64; LANES], [0f64; LANES], [0u32; LANES]);
+    let mut lane = |i: usize, x: T| {
+        min[i] = if x < min[i] { x } else { min[i] };
+        max[i] = if x > max[i] { x } else { max[i] };
+        zeros[i] += u32::from(x == T::default());
+        let d = x.into() - pivot;
+        sum[i] += d;
+        squares[i] += d * d;
+    };
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (i, &x) in chunk.iter().enumerate() {
+            lane(i, x);
+        }
+    }
+    for (i, &x) in rest.iter().enumerate() {
+        lane(i, x);
+    }
+    Sums {
+        min: min.iter().map(|&x| x.into()).fold(f64::INFINITY, f64::min),
+        max: max.iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max),
+        sum: sum.iter().sum(),
+        squares: squares.iter().sum(),
+        zeros: zeros.iter().map(|&n| u64::from(n)).sum(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_combine_to_the_moments_of_the_whole() {
+        let values: Vec<f64> = (0..1000).map(|i| f64::from(i % 37) - 5.0).collect();
+        let whole = Moments::of(&values, 0);
+        let parts = values.chunks(111).fold(Moments::default(), |all, part| all.and(Moments::of(part, 0)));
+        let mean = values.iter().sum::<f64>() / 1000.0;
+        let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();
+        for m in [&whole, &parts] {
+            assert!((m.mean - mean).abs() < 1e-12 && (m.squares / squares - 1.0).abs() < 1e-12);
+            assert_eq!((m.min, m.max, m.zeros, m.finite), (-5.0, 31.0, 27, 1000));
+        }
+    }
+
+    #[test]
+    fn values_far_from_zero_keep_their_spread() {
+        let values: Vec<f32> = (0..999).map(|i| 4096.0 + (i % 3) as f32 / 1024.0).collect();
+        let m = Moments::of(&values, 0);
+        assert!((m.squares / 999.0 - 2.0 / 3.0 / 1024f64.powi(2)).abs() < 1e-15);
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_counted_and_left_out() {
+        for first in [1.0, f32::NAN] {
+            let m = Moments::of(&[first, f32::NAN, 3.0, f32::NEG_INFINITY, 1.0], 10);
+            let nan = if first.is_nan() { 2 } else { 1 };
+            assert_eq!((m.nan, m.inf, m.first_non_finite), (nan, 1, Some(12 - nan as usize)));
+            assert_eq!((m.finite, m.min, m.max), (4 - nan, 1.0, 3.0));
+        }
+        let nothing = Moments::of(&[f32::INFINITY; 3], 0);
+        assert_eq!((nothing.finite, nothing.inf, nothing.mean), (0, 3, 0.0));
+    }
+
+    #[test]
+    fn huge_values_are_finite() {
+        let m = Moments::of(&[f32::MAX, -f32::MAX], 0);
+        assert_eq!((m.finite, m.inf, m.mean), (2, 0, 0.0));
+    }
+}
