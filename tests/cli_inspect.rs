@@ -161,7 +161,7 @@ fn each_kind_of_damage_is_refused_with_the_tensor_and_the_place() {
         (overlapping, 8, ["'w' at bytes", "overlaps 'v'"]),
         (one(entry("w", "F32", "[4]", 0, 12)), 12, ["'w' at byte 0", "needs 16 bytes"]),
         (one(entry("w", "Q9", "[4]", 0, 4)), 4, ["'w' at byte 0", "unknown dtype 'Q9'"]),
-        (one(entry("w", "U8", "[4]", 0, 4)), 9, ["bytes 68..73", "belong to no tensor"]),
+        (one(entry("w", "U8", "[4]", 0, 4)), 9, ["bytes 65..70", "belong to no tensor"]),
         (
             format!("{{{0},{0}}}", entry("w", "U8", "[4]", 0, 4)),
             4,
