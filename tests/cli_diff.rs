@@ -108,7 +108,7 @@ fn types_are_compared_by_value_and_the_report_says_so() {
     let f64s: Vec<u8> = values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect();
     let shape = &[50usize, 100][..];
     let f32s = ("w", "F32", shape, f32_bytes(&values));
-    let narrow = Pair::new(&[f32s.clone()], &[("w", "BF16", shape, bf16)]);
+    let narrow = Pair::new(std::slice::from_ref(&f32s), &[("w", "BF16", shape, bf16)]);
     assert_eq!((narrow.diff(&[]).0, narrow.diff(&["--rtol", "0.004"]).0), (1, 0));
     let wide = Pair::new(&[f32s], &[("w", "F64", shape, f64s)]);
     let (code, table) = wide.diff(&[]);
