@@ -11,7 +11,6 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     fs::File,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -126,13 +125,6 @@ impl<'a> Tensor<'a> {
     /// Stored bytes, little endian, row-major.
     pub fn bytes(&self) -> &'a [u8] {
         &self.file.map[self.info.begin as usize..self.info.end as usize]
-    }
-
-    /// Copies bytes `first .. first + out.len()` of the data into `out`. For passes over whole models: a small buffer
-    /// that is filled again and again stays in the cache, and no page of the map has to be faulted in.
-    pub fn copy_bytes(&self, first: u64, out: &mut [u8]) -> Result<()> {
-        let file = &self.file;
-        file.file.read_exact_at(out, self.info.begin + first).map_err(|e| Error::io("read", &file.path, e))
     }
 
     /// `(rows, columns)`, or an error that names the tensor.

@@ -63,8 +63,9 @@ pub(super) fn all(pairs: &[(Tensor, Tensor)], atol: f64, rtol: f64, progress: &P
         .map_init(Scratch::default, |scratch, &(i, first)| {
             interrupt::check()?;
             let (a, b) = &pairs[i];
-            let sums = scratch.compare(a, b, first, PIECE.min(a.elements() - first), atol, rtol)?;
-            bar.inc((scratch.a.len() + scratch.b.len()) as u64);
+            let count = PIECE.min(a.elements() - first);
+            let sums = scratch.compare(a, b, first, count, atol, rtol)?;
+            bar.inc((count * (a.dtype().bitsize() + b.dtype().bitsize()) / 8) as u64);
             Ok(sums)
         })
         .collect();
@@ -125,8 +126,6 @@ impl Sums {
 /// Buffers of one thread.
 #[derive(Default)]
 struct Scratch {
-    a: Vec<u8>,
-    b: Vec<u8>,
     singles: [Vec<f32>; 2],
     doubles: [Vec<f64>; 2],
 }
@@ -135,20 +134,20 @@ impl Scratch {
     fn compare(&mut self, a: &Tensor, b: &Tensor, first: usize, count: usize, atol: f64, rtol: f64) -> Result<Sums> {
         let (dtype_a, dtype_b) = (a.dtype(), b.dtype());
         let (size_a, size_b) = (dtype_a.bitsize() / 8, dtype_b.bitsize() / 8);
-        self.a.resize(count * size_a, 0);
-        self.b.resize(count * size_b, 0);
-        a.copy_bytes((first * size_a) as u64, &mut self.a)?;
-        b.copy_bytes((first * size_b) as u64, &mut self.b)?;
-        let mut all = Sums { unlike: dtype_a != dtype_b || self.a != self.b, ..Sums::default() };
+        let a = &a.bytes()[first * size_a..(first + count) * size_a];
+        let b = &b.bytes()[first * size_b..(first + count) * size_b];
+        let mut all = Sums { unlike: dtype_a != dtype_b, ..Sums::default() };
         if !dtype::is_float(dtype_a) {
             // Integers and flags: a tolerance for weights means nothing to them.
-            let unequal = self.a.chunks(size_a).zip(self.b.chunks(size_b)).filter(|(a, b)| a != b).count();
+            let unequal = a.chunks(size_a).zip(b.chunks(size_b)).filter(|(a, b)| a != b).count();
             all.beyond = unequal as u64;
+            all.unlike = unequal > 0;
             return Ok(all);
         }
-        let chunks = self.a.chunks(CHUNK * size_a).zip(self.b.chunks(CHUNK * size_b));
+        let chunks = a.chunks(CHUNK * size_a).zip(b.chunks(CHUNK * size_b));
         for (i, (a, b)) in chunks.enumerate() {
             let (at, n) = (first + i * CHUNK, a.len() / size_a);
+            all.unlike |= a != b;
             all.add(if dtype_a == Dtype::F64 || dtype_b == Dtype::F64 {
                 let [x, y] = &mut self.doubles;
                 x.resize(n, 0.0);
@@ -198,43 +197,67 @@ fn careful<T: Copy + Into<f64>>(a: &[T], b: &[T], first: usize, atol: f64, rtol:
     sums
 }
 
-/// Independent partial sums, so that the compiler may use vectors.
-const LANES: usize = 16;
-
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+/// The sums of values that are all finite (others show as sums that are not), without the place of the maximum.
 fn fast<T: Copy + Into<f64>>(a: &[T], b: &[T], atol: f64, rtol: f64) -> Sums {
-    let zero = || [0f64; LANES];
-    let (mut max, mut aa, mut bb, mut ab, mut dd) = (zero(), zero(), zero(), zero(), zero());
-    let mut beyond = [0u64; LANES];
-    let mut lane = |i: usize, a: T, b: T| {
-        let (a, b): (f64, f64) = (a.into(), b.into());
-        let d = (a - b).abs();
-        max[i] = if d > max[i] { d } else { max[i] };
-        aa[i] += a * a;
-        bb[i] += b * b;
-        ab[i] += a * b;
-        dd[i] += d * d;
-        beyond[i] += u64::from(d > atol + rtol * b.abs());
-    };
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            lane(i, a[i], b[i]);
+    let whole = a.len() - a.len() % LANES;
+    let ((aa, bb), (ab, dd)) = (norms(&a[..whole], &b[..whole]), products(&a[..whole], &b[..whole]));
+    let (max, beyond) = gaps(&a[..whole], &b[..whole], atol, rtol);
+    let mut sums = Sums { max, aa, bb, ab, dd, beyond, ..Sums::default() };
+    sums.add(careful(&a[whole..], &b[whole..], 0, atol, rtol));
+    if sums.non_finite > 0 {
+        sums.aa = f64::NAN;
+    }
+    sums
+}
+
+/// Independent partial sums. The compiler turns loops over this many lanes and few accumulators into vectors; with 16
+/// lanes, or with all sums in one loop, it unrolls them into scalar code at the highest optimisation level.
+const LANES: usize = 32;
+
+/// Calls `step(i, a, b)` for every lane of every chunk; both slices hold whole chunks.
+macro_rules! lanes {
+    ($a:expr, $b:expr, |$i:ident, $x:ident, $y:ident| $step:block) => {
+        for (a, b) in $a.as_chunks::<LANES>().0.iter().zip($b.as_chunks::<LANES>().0) {
+            for $i in 0..LANES {
+                let ($x, $y): (f64, f64) = (a[$i].into(), b[$i].into());
+                $step
+            }
         }
-    }
-    for (i, (&a, &b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lane(i, a, b);
-    }
-    let total = |lanes: [f64; LANES]| lanes.iter().sum::<f64>();
-    Sums {
-        max: max.iter().copied().fold(0.0, f64::max),
-        aa: total(aa),
-        bb: total(bb),
-        ab: total(ab),
-        dd: total(dd),
-        beyond: beyond.iter().sum(),
-        ..Sums::default()
-    }
+    };
+}
+
+/// `sum a^2` and `sum b^2`.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn norms<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> (f64, f64) {
+    let (mut aa, mut bb) = ([0f64; LANES], [0f64; LANES]);
+    lanes!(a, b, |i, x, y| {
+        aa[i] += x * x;
+        bb[i] += y * y;
+    });
+    (aa.iter().sum(), bb.iter().sum())
+}
+
+/// `sum a b` and `sum (a - b)^2`.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn products<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> (f64, f64) {
+    let (mut ab, mut dd) = ([0f64; LANES], [0f64; LANES]);
+    lanes!(a, b, |i, x, y| {
+        ab[i] += x * y;
+        dd[i] += (x - y) * (x - y);
+    });
+    (ab.iter().sum(), dd.iter().sum())
+}
+
+/// `max |a - b|`, and how many are beyond the tolerance (counted in f64, as wide as the other lanes).
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn gaps<T: Copy + Into<f64>>(a: &[T], b: &[T], atol: f64, rtol: f64) -> (f64, u64) {
+    let (mut max, mut beyond) = ([0f64; LANES], [0f64; LANES]);
+    lanes!(a, b, |i, x, y| {
+        let d = (x - y).abs();
+        max[i] = if d > max[i] { d } else { max[i] };
+        beyond[i] += if d > atol + rtol * y.abs() { 1.0 } else { 0.0 };
+    });
+    (max.into_iter().fold(0.0, f64::max), beyond.iter().sum::<f64>() as u64)
 }
 
 #[cfg(test)]

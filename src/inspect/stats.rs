@@ -71,7 +71,6 @@ pub(super) fn of(tensors: &[Tensor], progress: &Progress) -> Result<Vec<Option<S
 /// Buffers of one thread.
 #[derive(Default)]
 struct Scratch {
-    bytes: Vec<u8>,
     single: Vec<f32>,
     double: Vec<f64>,
 }
@@ -79,10 +78,9 @@ struct Scratch {
 impl Scratch {
     fn moments(&mut self, tensor: &Tensor, first: usize, count: usize) -> Result<Moments> {
         let size = tensor.dtype().bitsize() / 8;
-        self.bytes.resize(count * size, 0);
-        tensor.copy_bytes((first * size) as u64, &mut self.bytes)?;
+        let bytes = &tensor.bytes()[first * size..(first + count) * size];
         let mut all = Moments::default();
-        for (i, bytes) in self.bytes.chunks(CHUNK * size).enumerate() {
+        for (i, bytes) in bytes.chunks(CHUNK * size).enumerate() {
             let (at, n) = (first + i * CHUNK, bytes.len() / size);
             all = all.and(match tensor.dtype() {
                 Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
@@ -178,7 +176,8 @@ impl Moments {
     fn of_finite<T: Value>(values: &[T]) -> Moments {
         let Some(&pivot) = values.first() else { return Moments::default() };
         let (n, pivot) = (values.len() as f64, pivot.into());
-        let Sums { min, max, sum, squares, zeros } = sums(values, pivot);
+        let (min, max, zeros) = extremes(values);
+        let (sum, squares) = sums_about(values, pivot);
         Moments {
             min,
             max,
@@ -223,61 +222,48 @@ impl Moments {
 }
 
 /// f32 (holds every F16 and BF16) and f64.
-trait Value: Copy + PartialOrd + Into<f64> + Default {
-    const MIN: Self;
-    const MAX: Self;
-}
+trait Value: Copy + PartialOrd + Into<f64> + Default {}
 
-impl Value for f32 {
-    const MIN: f32 = f32::NEG_INFINITY;
-    const MAX: f32 = f32::INFINITY;
-}
+impl Value for f32 {}
 
-impl Value for f64 {
-    const MIN: f64 = f64::NEG_INFINITY;
-    const MAX: f64 = f64::INFINITY;
-}
+impl Value for f64 {}
 
-struct Sums {
-    min: f64,
-    max: f64,
-    sum: f64,
-    squares: f64,
-    zeros: u64,
-}
+/// Independent partial sums. The compiler turns loops over this many lanes and few accumulators into vectors; with 16
+/// lanes, or with all sums in one loop, it unrolls them into scalar code at the highest optimisation level.
+const LANES: usize = 32;
 
-/// Independent partial sums, so that the compiler may use vectors.
-const LANES: usize = 16;
-
-/// Extremes, zeros, and sums of `x - pivot` and its square.
+/// Smallest, largest, and how many are 0. `values` is not empty.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn sums<T: Value>(values: &[T], pivot: f64) -> Sums {
-    let (mut min, mut max) = ([T::MAX; LANES], [T::MIN; LANES]);
-    let (mut sum, mut squares, mut zeros) = ([0f64; LANES], [0f64; LANES], [0u32; LANES]);
-    let mut lane = |i: usize, x: T| {
-        min[i] = if x < min[i] { x } else { min[i] };
-        max[i] = if x > max[i] { x } else { max[i] };
-        zeros[i] += u32::from(x == T::default());
-        let d = x.into() - pivot;
-        sum[i] += d;
-        squares[i] += d * d;
-    };
+fn extremes<T: Value>(values: &[T]) -> (f64, f64, u64) {
+    let (mut min, mut max, mut zeros) = ([values[0]; LANES], [values[0]; LANES], [0u32; LANES]);
     let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (i, &x) in chunk.iter().enumerate() {
-            lane(i, x);
+    for x in chunks {
+        for i in 0..LANES {
+            min[i] = if x[i] < min[i] { x[i] } else { min[i] };
+            max[i] = if x[i] > max[i] { x[i] } else { max[i] };
+            zeros[i] = zeros[i].wrapping_add(u32::from(x[i] == T::default()));
         }
     }
-    for (i, &x) in rest.iter().enumerate() {
-        lane(i, x);
+    let ends = min.iter().chain(&max).chain(rest).map(|&x| x.into());
+    let (low, high) = ends.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x: f64| (l.min(x), h.max(x)));
+    let rest = rest.iter().filter(|&&x| x == T::default()).count() as u64;
+    (low, high, zeros.iter().map(|&n| u64::from(n)).sum::<u64>() + rest)
+}
+
+/// Sums of `x - pivot` and of its square.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
+fn sums_about<T: Value>(values: &[T], pivot: f64) -> (f64, f64) {
+    let (mut sum, mut squares) = ([0f64; LANES], [0f64; LANES]);
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for x in chunks {
+        for i in 0..LANES {
+            let d = x[i].into() - pivot;
+            sum[i] += d;
+            squares[i] += d * d;
+        }
     }
-    Sums {
-        min: min.iter().map(|&x| x.into()).fold(f64::INFINITY, f64::min),
-        max: max.iter().map(|&x| x.into()).fold(f64::NEG_INFINITY, f64::max),
-        sum: sum.iter().sum(),
-        squares: squares.iter().sum(),
-        zeros: zeros.iter().map(|&n| u64::from(n)).sum(),
-    }
+    let rest = || rest.iter().map(|&x| x.into() - pivot);
+    (sum.into_iter().chain(rest()).sum(), squares.into_iter().chain(rest().map(|d| d * d)).sum())
 }
 
 #[cfg(test)]
