@@ -11,7 +11,7 @@ mod train;
 mod verify;
 
 use crate::{error::Error, interrupt, progress::Progress, report::Format};
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
 /// Train ReLoRA models, merge low-rank deltas into checkpoints, and prove the rank of the summed update.
@@ -38,6 +38,7 @@ pub struct Global {
     threads: Option<u16>,
     /// Colours on stderr and in help (NO_COLOR is obeyed, too)
     #[arg(long, global = true, value_enum, default_value_t, help_heading = "Global options")]
+    // Read by `color_choice` from the raw arguments, since it colours their errors, too.
     color: When,
     /// Progress bars on stderr
     #[arg(long, global = true, value_enum, default_value_t, help_heading = "Global options")]
@@ -105,7 +106,8 @@ pub enum Outcome {
 /// Parses the arguments, runs the command, prints the error, and returns the exit code of the contract:
 /// 0 yes, 1 no, 2 the request is wrong, 3 the world failed.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let command = Cli::command().color(color_choice(std::env::args_os().map(|arg| arg.to_string_lossy().into_owned())));
+    let cli = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(e) => {
             let _ = e.print();
@@ -126,12 +128,26 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// The last `--color` of the command line; clap itself obeys NO_COLOR.
+fn color_choice(args: impl Iterator<Item = String>) -> ColorChoice {
+    let args: Vec<String> = args.collect();
+    let after = |i: usize| {
+        args[i]
+            .strip_prefix("--color=")
+            .or_else(|| (args[i] == "--color").then(|| args.get(i + 1))?.map(String::as_str))
+    };
+    match (0..args.len()).rev().find_map(after) {
+        Some("always") => ColorChoice::Always,
+        Some("never") => ColorChoice::Never,
+        _ => ColorChoice::Auto,
+    }
+}
+
 fn run(cli: Cli) -> Result<Outcome, Error> {
     let global = &cli.global;
     crate::threads::set(global.threads.map(usize::from))?;
     let verbosity = if global.quiet { -1 } else { global.verbose as i8 };
     let progress = Progress::stderr(global.progress == ProgressWhen::Auto && !global.quiet, verbosity);
-    let _ = (&progress, global.color == When::Never);
     match cli.command {
         Command::Merge(args) => args.run(&progress),
         Command::Spectrum(args) => args.run(&progress),
@@ -148,6 +164,15 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_color_option_decides() {
+        let choice = |line: &str| color_choice(line.split(' ').map(str::to_owned));
+        assert_eq!(choice("relora-kit inspect x"), ColorChoice::Auto);
+        assert_eq!(choice("relora-kit --color never inspect x --color=always"), ColorChoice::Always);
+        assert_eq!(choice("relora-kit inspect x --color never"), ColorChoice::Never);
+        assert_eq!(choice("relora-kit inspect x --color"), ColorChoice::Auto);
+    }
 
     #[test]
     fn every_argument_has_help_and_every_command_examples() {
