@@ -105,7 +105,7 @@ pub fn unravel(mut i: usize, shape: &[usize]) -> Vec<usize> {
 }
 
 /// The number types that deltas are computed in.
-pub trait Real: ndarray::LinalgScalar + std::fmt::Display + Send + Sync + PartialOrd {
+pub trait Real: ndarray::LinalgScalar + bytemuck::Pod + std::fmt::Display + Send + Sync + PartialOrd {
     /// Neither infinite nor NaN.
     fn is_finite(self) -> bool;
     /// Rounded to nearest.

@@ -148,6 +148,11 @@ impl Writer {
         self.places.get(name).map(|p| self.shards[p.shard].path.as_path())
     }
 
+    /// Waits until the disk has what was written so far.
+    pub fn sync(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|s| s.file.sync_data().map_err(|e| Error::io("sync", &s.path, e)))
+    }
+
     /// Checks that every tensor is complete. The caller's staged folder syncs the files.
     pub fn finish(self) -> Result<()> {
         for (name, place) in &self.places {

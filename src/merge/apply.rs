@@ -68,11 +68,20 @@ pub(super) fn rows<T: Real>(
         .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
     prepared.delta(&rows, block);
     let changed = !output.terms.is_empty();
+    let in_one_pass = changed && prepared.rescale.is_none() && (from, to) == (Dtype::BF16, Dtype::BF16);
     let mut sums = Sums::default();
     let stored = &output.source.bytes()[first * from_size..(first + count) * from_size];
     let source = with_tokens(stored, &rows, &prepared.tokens);
     let chunks = source.chunks(CHUNK * from_size).zip(scratch.bytes.chunks_mut(CHUNK * to_size));
     for (i, ((source, stored), delta)) in chunks.zip(scratch.delta.chunks_mut(CHUNK)).enumerate() {
+        if in_one_pass {
+            // Only f64 bases are computed in f64: here T is f32.
+            let (chunk_sums, finite) = arith::merge_bf16(source, bytemuck::cast_slice(delta), stored);
+            if finite {
+                sums += chunk_sums;
+                continue;
+            }
+        }
         let (weight, rounded) = (&mut scratch.weight[..delta.len()], &mut scratch.rounded[..delta.len()]);
         T::decode(from, source, weight)?;
         match &prepared.rescale {

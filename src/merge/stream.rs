@@ -21,6 +21,7 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, channel},
     },
 };
 
@@ -29,6 +30,9 @@ const BLOCK: usize = 1 << 19;
 
 /// Bytes of one copied piece.
 const COPY: u64 = 16 << 20;
+
+/// After so many bytes the disk is told to take what has been written, so that the sync at the end finds little left.
+const WRITE_BACK: u64 = 256 << 20;
 
 /// A piece of work: rows of a changed tensor, or bytes of a copied one.
 enum Piece {
@@ -43,9 +47,28 @@ pub(super) fn run(plan: &Plan, writer: &Writer, progress: &Progress) -> Result<V
         plan.outputs.iter().enumerate().map(|(i, _)| State::new(pieces.iter().filter(|p| p.0 == i).count())).collect();
     let total = plan.outputs.iter().map(|o| o.spec.bytes()).sum();
     let job = Job { plan, pieces, states, writer, next: AtomicUsize::new(0), bar: progress.bytes("merging", total) };
-    threads::with_serial_blas(|| (0..threads::count()).into_par_iter().with_max_len(1).try_for_each(|_| job.work()))?;
+    let (written, behind) = channel();
+    std::thread::scope(|scope| {
+        let write_back = scope.spawn(|| write_back(writer, behind));
+        let workers = (0..threads::count()).into_par_iter().with_max_len(1);
+        let work = threads::with_serial_blas(|| workers.try_for_each_with(written, |written, _| job.work(written)));
+        let write_back = write_back.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        work.and(write_back)
+    })?;
     job.bar.finish_and_clear();
     Ok(job.states.into_iter().map(|s| s.sums.into_inner().unwrap_or_default()).collect())
+}
+
+fn write_back(writer: &Writer, written: Receiver<u64>) -> Result<()> {
+    let mut pending = 0;
+    for bytes in written {
+        pending += bytes;
+        if pending >= WRITE_BACK {
+            writer.sync()?;
+            pending = 0;
+        }
+    }
+    Ok(())
 }
 
 fn split(plan: &Plan) -> Vec<(usize, Piece)> {
@@ -92,7 +115,7 @@ impl State {
 }
 
 impl Job<'_, '_> {
-    fn work(&self) -> Result<()> {
+    fn work(&self, written: &Sender<u64>) -> Result<()> {
         let (mut single, mut double) = (Scratch::<f32>::new(), Scratch::<f64>::new());
         while let Some((i, piece)) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             interrupt::check()?;
@@ -108,7 +131,10 @@ impl Job<'_, '_> {
             if result.is_err() {
                 self.next.store(self.pieces.len(), Ordering::Relaxed);
             }
-            self.bar.inc(result?);
+            let bytes = result?;
+            self.bar.inc(bytes);
+            // The receiver ends early only with an error of its own, which `run` returns.
+            let _ = written.send(bytes);
             if state.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 lock(&state.single).take();
                 lock(&state.double).take();
