@@ -112,6 +112,8 @@ pub trait Real: ndarray::LinalgScalar + bytemuck::Pod + std::fmt::Display + Send
     fn from_f64(x: f64) -> Self;
     /// Exact.
     fn to_f64(self) -> f64;
+    /// Rounded to nearest.
+    fn to_f32(self) -> f32;
     /// Values `first .. first + out.len()` of the flat tensor.
     fn read(tensor: &Tensor, first: usize, out: &mut [Self]) -> Result<()>;
     /// Values from stored bytes.
@@ -129,6 +131,9 @@ impl Real for f32 {
     }
     fn to_f64(self) -> f64 {
         self.into()
+    }
+    fn to_f32(self) -> f32 {
+        self
     }
     fn read(tensor: &Tensor, first: usize, out: &mut [f32]) -> Result<()> {
         tensor.read_f32(first, out)
@@ -150,6 +155,9 @@ impl Real for f64 {
     }
     fn to_f64(self) -> f64 {
         self
+    }
+    fn to_f32(self) -> f32 {
+        self as f32
     }
     fn read(tensor: &Tensor, first: usize, out: &mut [f64]) -> Result<()> {
         tensor.read_f64(first, out)

@@ -3,77 +3,17 @@
 
 mod common;
 
-use common::{entries, f32_bytes, refused, run, small_run::SmallRun, write_raw, write_tensors};
+use common::{
+    entries, f32_bytes, refused, run,
+    small_merge::{Q, Small, values},
+    small_run::SmallRun,
+    write_raw, write_tensors,
+};
 use relora_kit::{
-    adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save, save_with},
+    adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
     checkpoint::{Checkpoint, Dtype, dtype},
 };
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
-};
-
-const Q: &str = "model.layers.0.self_attn.q_proj";
-
-/// `model.safetensors` with q_proj [4, 3] and a norm [3], and a rank 2 adapter for q_proj.
-struct Small(tempfile::TempDir);
-
-impl Small {
-    fn new() -> Small {
-        let small = Small(tempfile::tempdir().unwrap());
-        small.write_base(&[1.0; 12]);
-        small.write_adapter(Q, 2, 4, 3, &[0.5; 6], &[0.25; 8]);
-        small
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write_base(&self, q: &[f32]) {
-        let base = self.path("base");
-        fs::create_dir_all(&base).unwrap();
-        fs::write(base.join("config.json"), "{\"model_type\": \"llama\"}").unwrap();
-        write_tensors(
-            &base.join("model.safetensors"),
-            &[
-                (&format!("{Q}.weight"), "F32", &[4, 3], f32_bytes(q)),
-                ("model.norm.weight", "F32", &[3], f32_bytes(&[1.0, 2.0, 3.0])),
-            ],
-        );
-    }
-
-    fn write_adapter(&self, name: &str, r: usize, out: usize, inputs: usize, a: &[f32], b: &[f32]) {
-        let folder = self.path("adapter");
-        fs::create_dir_all(&folder).unwrap();
-        let mut config = AdapterConfig::new(r, 2.0 * r as f64, &["q_proj"]);
-        config.base_model_name_or_path = Some("some/other-model".into());
-        save(&folder, &config, &[NewModule { name, r, out_features: out, in_features: inputs, a, b }]).unwrap();
-    }
-
-    fn args(&self, more: &[&str]) -> Vec<String> {
-        let mut args = vec!["merge".to_owned()];
-        for (flag, name) in [("--base", "base"), ("--adapter", "adapter"), ("-o", "out")] {
-            args.extend([flag.to_owned(), self.path(name).display().to_string()]);
-        }
-        args.extend(more.iter().map(|s| (*s).to_owned()));
-        args
-    }
-
-    /// Exit code 2, the sentence, and no output.
-    #[track_caller]
-    fn refuses(&self, parts: &[&str]) {
-        let before = entries(self.0.path());
-        refused(self.args(&[]), 2, parts);
-        assert_eq!(entries(self.0.path()), before);
-    }
-}
-
-fn values(model: &Path, name: &str) -> Vec<f32> {
-    Checkpoint::open(model).unwrap().tensor(name).unwrap().to_f32().unwrap().into_owned()
-}
+use std::fs;
 
 #[test]
 fn merge_adds_the_scaled_delta_and_copies_the_rest() {
@@ -103,15 +43,6 @@ fn every_format_names_the_merged_tensor() {
 }
 
 #[test]
-fn a_dry_run_writes_nothing() {
-    let small = Small::new();
-    let (code, stdout, _) = run(small.args(&["--dry-run"]));
-    assert_eq!(code, 0);
-    assert!(stdout.contains("nothing was written") && stdout.contains("1 merged"), "{stdout}");
-    assert_eq!(entries(small.0.path()), ["adapter", "base"]);
-}
-
-#[test]
 fn a_negative_weight_takes_a_merge_back() {
     let small = Small::new();
     assert_eq!(run(small.args(&[])).0, 0);
@@ -133,17 +64,6 @@ fn without_an_adapter_the_checkpoint_is_recast_and_resharded() {
     assert!(stdout.contains("2 recast"), "{stdout}");
     assert!(entries(&out).contains(&"model-00002-of-00002.safetensors".to_owned()), "{:?}", entries(&out));
     assert_eq!(values(&out, "model.norm.weight"), [1.0, 2.0, 3.0]);
-}
-
-#[test]
-fn a_delta_that_rounding_destroys_is_reported() {
-    let small = Small::new();
-    // bf16 has steps of 2^-7 above 1: a delta of 2^-12 vanishes.
-    small.write_adapter(Q, 2, 4, 3, &[0.5; 6], &[f32::powi(2.0, -13); 8]);
-    let (code, stdout, stderr) = run(small.args(&["--dtype", "bf16"]));
-    assert_eq!(code, 0, "{stderr}");
-    assert!(stdout.contains("0.00%"), "{stdout}");
-    assert!(stderr.contains("warning: ") && stderr.contains("--dtype f32"), "{stderr}");
 }
 
 #[test]
@@ -404,101 +324,4 @@ fn what_peft_cannot_merge_is_refused_by_name() {
         fs::write(&path, config.to_string()).unwrap();
         small.refuses(&[part, "adapter"]);
     }
-}
-
-/// A base that takes long enough to be interrupted: 192 MiB in many tensors, and a rank 64 adapter for each.
-fn large() -> Small {
-    let small = Small(tempfile::tempdir().unwrap());
-    let (m, tensors, r) = (1024, 48, 64);
-    let names: Vec<String> = (0..tensors).map(|i| format!("model.layers.{i}.mlp.up_proj")).collect();
-    let base = small.path("base");
-    fs::create_dir_all(&base).unwrap();
-    let weights: Vec<String> = names.iter().map(|n| format!("{n}.weight")).collect();
-    let (shape, bytes) = ([m, m], f32_bytes(&vec![1.0; m * m]));
-    let tensors: Vec<_> = weights.iter().map(|n| (n.as_str(), "F32", &shape[..], bytes.clone())).collect();
-    write_tensors(&base.join("model.safetensors"), &tensors);
-    let factor = vec![0.01; m * r];
-    let modules: Vec<_> = names
-        .iter()
-        .map(|name| NewModule { name, r, out_features: m, in_features: m, a: &factor, b: &factor })
-        .collect();
-    fs::create_dir_all(small.path("adapter")).unwrap();
-    save(&small.path("adapter"), &AdapterConfig::new(r, 1.0, &["up_proj"]), &modules).unwrap();
-    small
-}
-
-fn program() -> PathBuf {
-    assert_cmd::cargo::cargo_bin("relora-kit")
-}
-
-#[test]
-fn ctrl_c_during_a_merge_exits_with_3_and_leaves_nothing() {
-    let small = large();
-    let mut child =
-        Command::new(program()).args(small.args(&[])).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-    let start = std::time::Instant::now();
-    // The temporary folder shows that writing has begun.
-    while entries(small.0.path()).len() < 3 {
-        assert!(start.elapsed() < Duration::from_secs(60), "nothing was written for a minute");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    assert!(Command::new("sh").args(["-c", &format!("kill -INT {}", child.id())]).status().unwrap().success());
-    let code = child.wait().unwrap().code();
-    let mut stderr = String::new();
-    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut stderr).unwrap();
-    if code == Some(0) {
-        println!("skipped: the merge was faster than the signal");
-        return;
-    }
-    assert_eq!(code, Some(3), "{stderr}");
-    assert!(stderr.contains("error: interrupted"), "{stderr}");
-    assert_eq!(entries(small.0.path()), ["adapter", "base"]);
-}
-
-#[test]
-fn a_killed_merge_leaves_no_output_or_a_complete_one() {
-    let small = large();
-    let whole = fs::metadata(small.path("base").join("model.safetensors")).unwrap().len();
-    for milliseconds in (0..200).step_by(20) {
-        let mut child = Command::new(program())
-            .args(small.args(&["--force"]))
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(milliseconds));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let output = small.path("out");
-        if output.exists() {
-            let model = Checkpoint::open(&output).unwrap();
-            assert_eq!(model.len(), 48);
-            assert!(fs::metadata(output.join("model.safetensors")).unwrap().len() >= whole);
-        }
-    }
-}
-
-#[test]
-fn a_full_disk_exits_with_3_and_leaves_nothing() {
-    let small = large();
-    let mount = small.path("disk");
-    fs::create_dir(&mount).unwrap();
-    // A mount namespace of its own: the disk is gone when the shell ends, whatever happens.
-    let script = format!(
-        "mount -t tmpfs -o size=1m tmpfs {mount:?} || exit 77
-         {program:?} merge --base {base:?} --adapter {adapter:?} -o {mount:?}/out
-         echo exit code $?
-         find {mount:?} -mindepth 1",
-        program = program(),
-        base = small.path("base"),
-        adapter = small.path("adapter"),
-    );
-    let output = Command::new("unshare").args(["--map-root-user", "--mount", "sh", "-c", &script]).output();
-    let Some(output) = output.ok().filter(|o| o.status.success()) else {
-        println!("skipped: mounting a tmpfs in a namespace is not permitted here");
-        return;
-    };
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(stderr.contains("No space left on device") && stderr.contains("help: "), "{stderr}");
-    assert_eq!(stdout.trim(), "exit code 3", "{stdout}{stderr}");
 }

@@ -6,7 +6,7 @@ mod golden;
 use golden::{assert_close, fixture, values};
 use relora_kit::{
     checkpoint::{Checkpoint, Dtype, dtype::ulp},
-    merge::{self, MAX_SHARD_SIZE, Options},
+    merge::{self, MAX_SHARD_SIZE, Options, Rounding},
     progress::Progress,
 };
 
@@ -19,6 +19,7 @@ fn merge_is_pefts(adapter: &str, base: &str, dtype: Dtype, merged: &str) {
         adapters: vec![(fixture(adapter), 1.0)],
         output: dir.path().join("merged"),
         dtype: None,
+        rounding: Rounding::Nearest,
         max_shard_size: MAX_SHARD_SIZE,
         force: false,
         dry_run: false,

@@ -6,7 +6,7 @@ mod common;
 
 use relora_kit::{
     checkpoint::{Checkpoint, Dtype, TensorSpec, Writer, dtype},
-    merge::{self, MAX_SHARD_SIZE, Options},
+    merge::{self, MAX_SHARD_SIZE, Options, Rounding},
     progress::Progress,
 };
 use serde_json::Value;
@@ -23,6 +23,7 @@ fn merged(base: &Path, adapters: &[(PathBuf, f64)]) -> (tempfile::TempDir, Check
         adapters: adapters.to_vec(),
         output: dir.path().join("out"),
         dtype: None,
+        rounding: Rounding::Nearest,
         max_shard_size: MAX_SHARD_SIZE,
         force: false,
         dry_run: false,

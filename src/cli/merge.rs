@@ -4,7 +4,7 @@ use super::Outcome;
 use crate::{
     checkpoint::Dtype,
     error::{Error, Result},
-    merge::{self, Options},
+    merge::{self, Options, Rounding},
     progress::Progress,
     report::{self, Format, units},
 };
@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
   relora-kit merge --base llama --adapter my-lora -o merged
   relora-kit merge --base run/base --adapter 'run/cycles/*' -o merged
   relora-kit merge --base llama --adapter style=0.7 --adapter facts=0.3 --dtype bf16 -o merged
+  relora-kit merge --base llama --adapter my-lora --rounding stochastic --seed 1 -o merged
   relora-kit merge --base merged --adapter my-lora=-1 -o without
   relora-kit merge --base llama --adapter my-lora -o merged --dry-run --format json
   relora-kit merge --base llama --dtype bf16 --max-shard-size 2GB -o llama-bf16")]
@@ -36,6 +37,12 @@ pub struct Args {
     /// Type of all floating point tensors of the output
     #[arg(long, value_enum, default_value_t)]
     dtype: TargetDtype,
+    /// How values are rounded to bf16 and f16: stochastic keeps small deltas on average, with a larger error
+    #[arg(long, value_enum, default_value_t)]
+    rounding: RoundingMode,
+    /// Seed of stochastic rounding: the same seed gives the same bytes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
     /// A new file begins before it would exceed this size
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
@@ -60,6 +67,15 @@ enum TargetDtype {
     Bf16,
 }
 
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum RoundingMode {
+    /// Ties to even
+    #[default]
+    Nearest,
+    /// Up or down by chance, exact on average
+    Stochastic,
+}
+
 impl TargetDtype {
     fn dtype(self) -> Option<Dtype> {
         match self {
@@ -80,6 +96,10 @@ impl Args {
             adapters: adapters.concat(),
             output: self.output,
             dtype: self.dtype.dtype(),
+            rounding: match self.rounding {
+                RoundingMode::Nearest => Rounding::Nearest,
+                RoundingMode::Stochastic => Rounding::Stochastic { seed: self.seed },
+            },
             max_shard_size: self.max_shard_size,
             force: self.force,
             dry_run: self.dry_run,

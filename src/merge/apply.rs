@@ -51,16 +51,17 @@ impl AddAssign for Sums {
     }
 }
 
-/// Computes rows `rows` of `output` into `scratch.bytes`.
+/// Computes rows `rows` of `output` into `scratch.bytes`, stored as `to`.
 pub(super) fn rows<T: Real>(
     output: &Output,
+    to: Dtype,
     prepared: &Prepared<T>,
     rows: Range<usize>,
     scratch: &mut Scratch<T>,
 ) -> Result<Sums> {
     let (_, columns) = output.matrix_shape();
     let (first, count) = (rows.start * columns, rows.len() * columns);
-    let (from, to) = (output.source.dtype(), output.spec.dtype);
+    let from = output.source.dtype();
     let (from_size, to_size) = (from.bitsize() / 8, to.bitsize() / 8);
     scratch.delta.resize(count, T::zero());
     scratch.bytes.resize(count * to_size, 0);
@@ -68,7 +69,8 @@ pub(super) fn rows<T: Real>(
         .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
     prepared.delta(&rows, block);
     let changed = !output.terms.is_empty();
-    let in_one_pass = changed && prepared.rescale.is_none() && (from, to) == (Dtype::BF16, Dtype::BF16);
+    let plain = changed && prepared.rescale.is_none() && prepared.rounder.to_nearest();
+    let in_one_pass = plain && (from, to) == (Dtype::BF16, Dtype::BF16);
     let mut sums = Sums::default();
     let stored = &output.source.bytes()[first * from_size..(first + count) * from_size];
     let source = with_tokens(stored, &rows, &prepared.tokens);
@@ -88,7 +90,7 @@ pub(super) fn rows<T: Real>(
             None => arith::add(weight, delta, rounded),
             Some(rescale) => rescale.apply(first + i * CHUNK, columns, weight, delta, rounded),
         }
-        T::encode(to, rounded, stored)?;
+        prepared.rounder.encode(to, first + i * CHUNK, rounded, stored)?;
         T::decode(to, stored, rounded)?;
         let (chunk_sums, finite) = arith::measure(delta, weight, rounded);
         if !finite {

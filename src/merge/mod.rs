@@ -13,11 +13,15 @@ mod parameters;
 mod plan;
 mod prepared;
 mod refuse;
+mod remedy;
 mod replace;
 mod result;
+mod rounding;
 mod stream;
 
+pub use remedy::Remedy;
 pub use result::{Action, AdapterUse, MergeReport, Retention, TensorResult, Totals};
+pub use rounding::Rounding;
 
 use crate::{
     adapter::Adapter,
@@ -48,6 +52,8 @@ pub struct Options {
     pub output: PathBuf,
     /// Element type of every floating point tensor of the output; `None` keeps the base's.
     pub dtype: Option<Dtype>,
+    /// How values are rounded to the output's type.
+    pub rounding: Rounding,
     /// Bytes of data after which a new shard begins.
     pub max_shard_size: u64,
     /// Replace the output if it exists.
@@ -74,11 +80,11 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     }
     let specs: Vec<_> = plan.outputs.iter().map(|o| o.spec.clone()).collect();
     let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options))?;
-    let measured = stream::run(&plan, &writer, progress)?;
-    let report = result::report(options, &plan, &measured, Some(&writer));
+    let measured = stream::run(&plan, options.rounding, &writer, progress)?;
+    let mut report = result::report(options, &plan, &measured, Some(&writer));
+    explain_losses(&mut report, &plan, progress)?;
     writer.finish()?;
     staged.commit()?;
-    warn_of_losses(&report, progress);
     Ok(report)
 }
 
@@ -99,20 +105,36 @@ fn open_adapters(paths: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {
 fn metadata(options: &Options) -> BTreeMap<String, String> {
     let name = |path: &Path| path.display().to_string();
     let adapters: Vec<String> = options.adapters.iter().map(|(p, w)| format!("{}={w}", name(p))).collect();
+    let rounding = match options.rounding {
+        Rounding::Nearest => "nearest".to_owned(),
+        Rounding::Stochastic { seed } => format!("stochastic, seed {seed}"),
+    };
     BTreeMap::from([
         ("format".to_owned(), "pt".to_owned()),
+        ("rounding".to_owned(), rounding),
         ("merged_by".to_owned(), concat!("relora-kit ", env!("CARGO_PKG_VERSION")).to_owned()),
         ("base".to_owned(), name(&options.base)),
         ("adapters".to_owned(), adapters.join(", ")),
     ])
 }
 
-fn warn_of_losses(report: &MergeReport, progress: &Progress) {
+/// Names the worst of the tensors that lose more than allowed, and what would keep its delta.
+fn explain_losses(report: &mut MergeReport, plan: &plan::Plan, progress: &Progress) -> Result<()> {
     let lossy: Vec<_> = report.tensors.iter().filter(|t| t.loses_more_than_allowed()).collect();
-    let Some(worst) = lossy.iter().min_by(|a, b| a.kept().total_cmp(&b.kept())) else { return };
+    let Some(worst) = lossy.iter().min_by(|a, b| a.kept().total_cmp(&b.kept())) else { return Ok(()) };
+    let output = plan.outputs.iter().find(|o| o.spec.name == worst.name);
+    let remedy = output.map(remedy::find).transpose()?.flatten();
+    let advice = remedy.as_ref().map_or_else(String::new, |r| {
+        let dtype = format!("{:?}", r.dtype).to_lowercase();
+        let kept = 100.0 * r.retention.retention;
+        let by_chance = match report.rounding {
+            Rounding::Nearest => "; --rounding stochastic keeps all of it on average, with a larger error",
+            Rounding::Stochastic { .. } => "",
+        };
+        format!("; --dtype {dtype} would keep {kept:.1}% of it{by_chance}")
+    });
     progress.warn(&format!(
-        "{} of {} changed tensors lose more than {:.0}% of their delta to rounding; worst: '{}' keeps {:.1}% in {:?}; \
-         --dtype f32 would keep it",
+        "{} of {} changed tensors lose more than {:.0}% of their delta to rounding; worst: '{}' keeps {:.1}% in {:?}{advice}",
         lossy.len(),
         report.tensors.len(),
         100.0 * (1.0 - MIN_RETENTION),
@@ -120,4 +142,6 @@ fn warn_of_losses(report: &MergeReport, progress: &Progress) {
         100.0 * worst.kept(),
         worst.dtype
     ));
+    report.remedy = remedy;
+    Ok(())
 }

@@ -1,6 +1,9 @@
 //! What the blocks of one output share: decoded factors, and the norms that DoRA needs.
 
-use super::plan::{Output, Term};
+use super::{
+    plan::{Output, Term},
+    rounding::{Rounder, Rounding},
+};
 use crate::{
     adapter::Module,
     checkpoint::Tensor,
@@ -24,6 +27,7 @@ pub(super) struct Prepared<T> {
     pub tokens: BTreeMap<usize, Vec<u8>>,
     /// DoRA's factors.
     pub rescale: Option<Rescale<T>>,
+    pub rounder: Rounder,
 }
 
 /// DoRA (arXiv:2402.09353, eq. 5): `W' = magnitude / ||W + dW|| * (W + dW)`, with one norm per output of the layer.
@@ -34,9 +38,14 @@ pub(super) struct Rescale<T> {
 }
 
 impl<T: Real> Prepared<T> {
-    pub(super) fn new(output: &Output) -> Result<Self> {
-        let mut prepared =
-            Prepared { deltas: Vec::new(), bias: None, tokens: read_tokens::<T>(output)?, rescale: None };
+    pub(super) fn new(output: &Output, rounding: Rounding) -> Result<Self> {
+        let mut prepared = Prepared {
+            deltas: Vec::new(),
+            bias: None,
+            tokens: read_tokens::<T>(output)?,
+            rescale: None,
+            rounder: Rounder::new(rounding, &output.spec.name),
+        };
         for term in &output.terms {
             match term {
                 Term::LowRank { module, transposed, weight } => {

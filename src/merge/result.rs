@@ -1,7 +1,7 @@
 //! What a merge did, and how much of each delta survived.
 
 use super::{
-    MIN_RETENTION, Options,
+    MIN_RETENTION, Options, Remedy, Rounding,
     apply::Sums,
     plan::{Output, Plan, Term},
 };
@@ -20,12 +20,17 @@ pub struct MergeReport {
     pub adapters: Vec<AdapterUse>,
     /// The folder that was (or would be) created.
     pub output: PathBuf,
+    /// How values were rounded to bf16 and f16.
+    #[serde(flatten)]
+    pub rounding: Rounding,
     /// Whether nothing was written.
     pub dry_run: bool,
     /// Every tensor that is not a copy, in the order of the base.
     pub tensors: Vec<TensorResult>,
     /// Over the whole model.
     pub totals: Totals,
+    /// What would keep the delta of the worst tensor, where one loses more than allowed.
+    pub remedy: Option<Remedy>,
 }
 
 /// An adapter and its weight.
@@ -121,7 +126,7 @@ impl TensorResult {
 }
 
 impl Retention {
-    fn new(sums: Sums) -> Option<Retention> {
+    pub(super) fn new(sums: Sums) -> Option<Retention> {
         (sums.delta > 0.0).then(|| Retention {
             delta_norm: sums.delta.sqrt(),
             retention: sums.kept / sums.delta,
@@ -181,8 +186,10 @@ pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Opti
             .map(|(path, weight)| AdapterUse { path: path.clone(), weight: *weight })
             .collect(),
         output: options.output.clone(),
+        rounding: options.rounding,
         dry_run: options.dry_run,
         tensors,
         totals,
+        remedy: None,
     }
 }

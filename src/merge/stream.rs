@@ -5,6 +5,7 @@ use super::{
     apply::{self, Scratch, Sums},
     plan::{Output, Plan},
     prepared::Prepared,
+    rounding::Rounding,
 };
 use crate::{
     checkpoint::{Dtype, Writer},
@@ -41,12 +42,13 @@ enum Piece {
 }
 
 /// Writes every tensor of the plan. Returns the sums of each, in the plan's order.
-pub(super) fn run(plan: &Plan, writer: &Writer, progress: &Progress) -> Result<Vec<Sums>> {
+pub(super) fn run(plan: &Plan, rounding: Rounding, writer: &Writer, progress: &Progress) -> Result<Vec<Sums>> {
     let pieces = split(plan);
     let states: Vec<State> =
         plan.outputs.iter().enumerate().map(|(i, _)| State::new(pieces.iter().filter(|p| p.0 == i).count())).collect();
     let total = plan.outputs.iter().map(|o| o.spec.bytes()).sum();
-    let job = Job { plan, pieces, states, writer, next: AtomicUsize::new(0), bar: progress.bytes("merging", total) };
+    let bar = progress.bytes("merging", total);
+    let job = Job { plan, rounding, pieces, states, writer, next: AtomicUsize::new(0), bar };
     let (written, behind) = channel();
     std::thread::scope(|scope| {
         let write_back = scope.spawn(|| write_back(writer, behind));
@@ -78,16 +80,22 @@ fn split(plan: &Plan) -> Vec<(usize, Piece)> {
             let total = output.spec.bytes();
             pieces.extend((0..total).step_by(COPY as usize).map(|at| (i, Piece::Bytes(at..total.min(at + COPY)))));
         } else {
-            let (rows, columns) = output.matrix_shape();
-            let step = (BLOCK / columns.max(1)).max(1);
-            pieces.extend((0..rows).step_by(step).map(|at| (i, Piece::Rows(at..rows.min(at + step)))));
+            pieces.extend(row_blocks(output).map(|rows| (i, Piece::Rows(rows))));
         }
     }
     pieces
 }
 
+/// The blocks of rows that a changed tensor is computed in.
+pub(super) fn row_blocks(output: &Output) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (rows, columns) = output.matrix_shape();
+    let step = (BLOCK / columns.max(1)).max(1);
+    (0..rows).step_by(step).map(move |at| at..rows.min(at + step))
+}
+
 struct Job<'p, 'a> {
     plan: &'p Plan<'a>,
+    rounding: Rounding,
     pieces: Vec<(usize, Piece)>,
     states: Vec<State>,
     writer: &'p Writer,
@@ -155,10 +163,10 @@ impl Job<'_, '_> {
             let mut shared = lock(shared);
             match &*shared {
                 Some(prepared) => prepared.clone(),
-                None => shared.insert(Arc::new(Prepared::new(output)?)).clone(),
+                None => shared.insert(Arc::new(Prepared::new(output, self.rounding)?)).clone(),
             }
         };
-        let sums = apply::rows(output, &prepared, rows.clone(), scratch)?;
+        let sums = apply::rows(output, output.spec.dtype, &prepared, rows.clone(), scratch)?;
         *lock(&state.sums) += sums;
         let row_bytes = output.matrix_shape().1 * output.spec.dtype.bitsize() / 8;
         self.writer.write(&output.spec.name, (rows.start * row_bytes) as u64, &scratch.bytes)?;
