@@ -69,7 +69,7 @@ pub(super) fn rows<T: Real>(
         .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
     prepared.delta(&rows, block);
     let changed = !output.terms.is_empty();
-    let plain = changed && prepared.rescale.is_none() && prepared.rounder.to_nearest();
+    let plain = changed && prepared.rescale.is_none() && prepared.rounder.is_nearest();
     let in_one_pass = plain && (from, to) == (Dtype::BF16, Dtype::BF16);
     let mut sums = Sums::default();
     let stored = &output.source.bytes()[first * from_size..(first + count) * from_size];

@@ -46,7 +46,7 @@ impl Rounder {
         Rounder { keys: Some([word(0), word(4)]) }
     }
 
-    pub(super) fn to_nearest(&self) -> bool {
+    pub(super) fn is_nearest(self) -> bool {
         self.keys.is_none()
     }
 
