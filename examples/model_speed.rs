@@ -20,7 +20,7 @@ fn main() {
     let vocab = config.vocab_size as u64;
     let mut model = Model::init(Cpu, config, 1).unwrap();
     if r > 0 {
-        model.add_lora(LoraSpec { r, lora_alpha: 32.0, scaling: 32.0 / r as f64, dropout: 0.0 });
+        model.add_lora(LoraSpec::new(r, 32.0));
     }
     let trained = |model: &Model<Cpu>| -> Vec<usize> {
         model.params().iter().map(|p| if p.trainable { p.elements() } else { 0 }).collect()

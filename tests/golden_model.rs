@@ -44,7 +44,7 @@ fn gradients_of_every_weight_match_pytorch() {
 fn gradients_of_lora_factors_match_pytorch() {
     let mut model = tiny_llama();
     let adapter = Checkpoint::open(&fixture("tiny_adapter/adapter_model.safetensors")).unwrap();
-    model.add_lora(LoraSpec { r: 4, lora_alpha: 8.0, scaling: 2.0, dropout: 0.0 });
+    model.add_lora(LoraSpec::new(4, 8.0));
     model.set_trainable(|kind| *kind != ParamKind::Linear);
     let device = Cpu;
     for param in model.params_mut().iter_mut().filter(|p| matches!(p.kind, ParamKind::LoraA | ParamKind::LoraB)) {

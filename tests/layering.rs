@@ -29,7 +29,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("model", &["ops", "adapter", "checkpoint"]),
     ("tokenize", &["checkpoint", "train"]),
     ("train", &["model", "ops", "adapter", "checkpoint", "run"]),
-    ("report", &["diff", "inspect", "merge", "spectrum", "verify", "tokenize", "train", "adapter", "checkpoint"]),
+    (
+        "report",
+        &["diff", "inspect", "merge", "ops", "spectrum", "verify", "tokenize", "train", "adapter", "checkpoint"],
+    ),
 ];
 
 /// A crate that only some modules may name.

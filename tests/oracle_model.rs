@@ -39,7 +39,7 @@ fn load(folder: &Path) -> Model<Cpu> {
 fn attach(model: &mut Model<Cpu>, adapter: &Path) {
     let config = json(&adapter.join("adapter_config.json"));
     let (r, lora_alpha) = (config["r"].as_u64().unwrap() as usize, config["lora_alpha"].as_f64().unwrap());
-    model.add_lora(LoraSpec { r, lora_alpha, scaling: lora_alpha / r as f64, dropout: 0.0 });
+    model.add_lora(LoraSpec::new(r, lora_alpha));
     set_factors(model, &adapter.join("adapter_model.safetensors"));
 }
 

@@ -3,10 +3,14 @@
 use super::{Outcome, parse_device};
 use crate::{
     error::{Error, Result},
-    ops::Cpu,
+    ops::{Cpu, Device, Profiled},
     progress::Progress,
     report::{self, Format},
-    train::{config::Config, session::Session},
+    staged,
+    train::{
+        config::Config,
+        session::{Session, Summary},
+    },
 };
 use std::path::PathBuf;
 
@@ -19,6 +23,8 @@ use std::path::PathBuf;
 #[command(after_help = "Examples:
   relora-kit train --config run.toml -o run
   relora-kit train --config run.toml -o run --set train.lr=1e-3 --set relora.lora_r=128
+  relora-kit train --config run.toml -o run --autoresume
+  relora-kit train --config run.toml -o run --profile
   relora-kit train --resume run")]
 pub struct Args {
     /// The configuration
@@ -33,6 +39,12 @@ pub struct Args {
     /// Go on with a run from its newest checkpoint
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
+    /// Go on with the run in --output if it exists and has this configuration; otherwise start it
+    #[arg(long, conflicts_with = "resume")]
+    autoresume: bool,
+    /// Time every operation: a table at the end, and profile.json in the run directory for chrome://tracing
+    #[arg(long)]
+    profile: bool,
     /// What to compute on
     #[arg(long, default_value = "cpu", value_parser = parse_device)]
     device: String,
@@ -43,12 +55,41 @@ pub struct Args {
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        let summary = if self.profile {
+            let device = Profiled::new(Cpu);
+            let mut summary = self.train(device.clone(), progress)?;
+            if let Some(summary) = &mut summary {
+                summary.operations = device.operations();
+                let trace = device.trace().to_string();
+                staged::write_file(&summary.run.join("profile.json"), trace.as_bytes(), true)?;
+            }
+            summary
+        } else {
+            self.train(Cpu, progress)?
+        };
+        if let Some(summary) = summary {
+            report::emit(&summary, self.format, None, false)?;
+        }
+        Ok(Outcome::Yes)
+    }
+
+    /// `None`: the run was finished already.
+    fn train<D: Device>(&self, device: D, progress: &Progress) -> Result<Option<Summary>> {
         let session = match (&self.resume, &self.config, &self.output) {
-            (Some(dir), _, _) => Session::resume(Cpu, dir, progress)?,
-            (None, Some(config), Some(dir)) => Session::create(Cpu, Config::read(config, &self.set)?, dir, progress)?,
+            (Some(dir), _, _) => Session::resume(device, dir, progress)?,
+            (None, Some(config), Some(dir)) => {
+                let config = Config::read(config, &self.set)?;
+                if !self.autoresume {
+                    Session::create(device, config, dir, progress)?
+                } else if let Some(session) = Session::create_or_resume(device, config, dir, progress)? {
+                    session
+                } else {
+                    progress.info(&format!("run '{}' is finished", dir.display()));
+                    return Ok(None);
+                }
+            }
             _ => return Err(Error::request("train needs --config and --output, or --resume")),
         };
-        report::emit(&session.run()?, self.format, None, false)?;
-        Ok(Outcome::Yes)
+        session.run().map(Some)
     }
 }

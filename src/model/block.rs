@@ -2,19 +2,22 @@
 //!
 //! What is kept for backward: the inputs of both halves, queries, keys, values, the attention's output, gate and up.
 //! Normed activations and the MLP's inner product are computed again: they cost one pass, and a third of the memory.
+//! With activation checkpointing all blocks share what is kept, and [`forward`] runs again before [`backward`].
 
 use super::{
     config::LlamaConfig,
-    linear::Linear,
-    lora::LoraSpec,
+    linear::{Linear, LoraScratch, Pass},
     params::{Layout, Param, TARGETS},
+    product::Product,
 };
-use crate::ops::{AttentionShape, Device, RopeShape};
+use crate::ops::{AttentionShape, Device, Dropout, RopeShape};
 
 /// Extents of a batch, and the rotary table for them.
 pub(super) struct Shape<D: Device> {
     pub attention: AttentionShape,
     pub eps: f32,
+    /// Of the current pass.
+    pub dropout: Option<Dropout>,
     pub cos: D::Buffer,
     pub sin: D::Buffer,
 }
@@ -31,12 +34,17 @@ impl<D: Device> Shape<D> {
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
         };
-        Shape { attention, eps: config.rms_norm_eps as f32, cos: device.upload(&cos), sin: device.upload(&sin) }
+        let (cos, sin) = (device.upload(&cos), device.upload(&sin));
+        Shape { attention, eps: config.rms_norm_eps as f32, dropout: None, cos, sin }
     }
 
     /// N.
     pub fn rows(&self) -> usize {
         self.attention.batch * self.attention.len
+    }
+
+    fn pass(&self) -> Pass {
+        Pass { rows: self.rows(), dropout: self.dropout }
     }
 
     fn rope(&self, heads: usize) -> RopeShape {
@@ -53,12 +61,17 @@ pub(super) struct Block {
 }
 
 impl Block {
-    pub fn new(layout: &Layout, layer: usize, lora: Option<&LoraSpec>) -> Self {
-        Block {
-            attention_norm: layout.norm(layer, 0),
-            mlp_norm: layout.norm(layer, 1),
-            linears: std::array::from_fn(|which| layout.linear(layer, which, lora)),
-        }
+    pub fn new(layout: &Layout, layer: usize, linears: [Linear; TARGETS.len()]) -> Self {
+        Block { attention_norm: layout.norm(layer, 0), mlp_norm: layout.norm(layer, 1), linears }
+    }
+
+    /// `(out, in)` of the low-rank layers, and how they are computed.
+    pub fn low_rank<D: Device>(&self, params: &[Param<D>]) -> Vec<(usize, usize, Product)> {
+        let dims = self.linears.iter().filter_map(|l| {
+            let (out, inner) = l.dims(params);
+            Some((out, inner, l.lora?.product))
+        });
+        dims.collect()
     }
 }
 
@@ -77,9 +90,13 @@ pub(super) struct Saved<D: Device> {
 }
 
 impl<D: Device> Saved<D> {
-    pub fn new(device: &D, config: &LlamaConfig, rows: usize, lora: Option<&LoraSpec>) -> Self {
+    pub fn new(device: &D, config: &LlamaConfig, rows: usize, params: &[Param<D>], block: &Block) -> Self {
         let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let buffer = |width: usize| device.zeros(rows * width);
+        let xa = |linear: &Linear| {
+            let factors = linear.lora.filter(|f| f.product == Product::Factored)?;
+            Some(buffer(params[factors.a].shape[0]))
+        };
         Saved {
             rstd: [buffer(1), buffer(1)],
             q: buffer(q),
@@ -90,7 +107,7 @@ impl<D: Device> Saved<D> {
             middle: buffer(config.hidden_size),
             gate: buffer(config.intermediate_size),
             up: buffer(config.intermediate_size),
-            xa: std::array::from_fn(|_| lora.map(|spec| buffer(spec.r))),
+            xa: block.linears.each_ref().map(xa),
         }
     }
 }
@@ -109,11 +126,11 @@ pub(super) struct Scratch<D: Device> {
     dq: D::Buffer,
     dk: D::Buffer,
     dv: D::Buffer,
-    dyb: Option<D::Buffer>,
+    lora: Option<LoraScratch<D>>,
 }
 
 impl<D: Device> Scratch<D> {
-    pub fn new(device: &D, config: &LlamaConfig, rows: usize, lora: Option<&LoraSpec>) -> Self {
+    pub fn new(device: &D, config: &LlamaConfig, rows: usize, lora: Option<LoraScratch<D>>) -> Self {
         let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let buffer = |width: usize| device.zeros(rows * width);
         Scratch {
@@ -126,12 +143,12 @@ impl<D: Device> Scratch<D> {
             dq: buffer(q),
             dk: buffer(kv),
             dv: buffer(kv),
-            dyb: lora.map(|spec| buffer(spec.r)),
+            lora,
         }
     }
 }
 
-/// From x (N, C) to y (N, C).
+/// From x (N, C) to y (N, C). Without y, only what backward needs is computed (again).
 #[allow(clippy::too_many_arguments)]
 pub(super) fn forward<D: Device>(
     device: &D,
@@ -141,30 +158,39 @@ pub(super) fn forward<D: Device>(
     x: &D::Buffer,
     saved: &mut Saved<D>,
     scratch: &mut Scratch<D>,
-    y: &mut D::Buffer,
+    y: Option<&mut D::Buffer>,
 ) {
-    let rows = shape.rows();
+    let pass = shape.pass();
     let Saved { rstd: [rstd_attention, rstd_mlp], q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, act, .. } = scratch;
+    let Scratch { h, act, lora, .. } = scratch;
     let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears;
     let [q_xa, k_xa, v_xa, o_xa, gate_xa, up_xa, down_xa] = xa.each_mut().map(Option::as_mut);
 
     device.rms_norm_forward(x, &params[block.attention_norm].value, shape.eps, h, rstd_attention);
-    q_proj.forward(device, params, rows, h, q_xa, 0.0, q);
-    k_proj.forward(device, params, rows, h, k_xa, 0.0, k);
-    v_proj.forward(device, params, rows, h, v_xa, 0.0, v);
+    q_proj.forward(device, params, pass, h, q_xa, lora.as_mut(), 0.0, q);
+    k_proj.forward(device, params, pass, h, k_xa, lora.as_mut(), 0.0, k);
+    v_proj.forward(device, params, pass, h, v_xa, lora.as_mut(), 0.0, v);
     device.rope_forward(shape.rope(shape.attention.heads), &shape.cos, &shape.sin, q);
     device.rope_forward(shape.rope(shape.attention.kv_heads), &shape.cos, &shape.sin, k);
     device.attention_forward(shape.attention, q, k, v, o, lse);
     device.copy(x, middle);
-    o_proj.forward(device, params, rows, o, o_xa, 1.0, middle);
+    o_proj.forward(device, params, pass, o, o_xa, lora.as_mut(), 1.0, middle);
 
     device.rms_norm_forward(middle, &params[block.mlp_norm].value, shape.eps, h, rstd_mlp);
-    gate_proj.forward(device, params, rows, h, gate_xa, 0.0, gate);
-    up_proj.forward(device, params, rows, h, up_xa, 0.0, up);
-    device.swiglu_forward(gate, up, act);
-    device.copy(middle, y);
-    down_proj.forward(device, params, rows, act, down_xa, 1.0, y);
+    gate_proj.forward(device, params, pass, h, gate_xa, lora.as_mut(), 0.0, gate);
+    up_proj.forward(device, params, pass, h, up_xa, lora.as_mut(), 0.0, up);
+    match y {
+        Some(y) => {
+            device.swiglu_forward(gate, up, act);
+            device.copy(middle, y);
+            down_proj.forward(device, params, pass, act, down_xa, lora.as_mut(), 1.0, y);
+        }
+        None if down_xa.is_some() => {
+            device.swiglu_forward(gate, up, act);
+            down_proj.project_again(device, params, pass, act, down_xa, lora.as_mut());
+        }
+        None => {}
+    }
 }
 
 /// `scratch.dx` is the gradient of the block's output before, of its input x (N, C) after. Uses up `saved`.
@@ -177,13 +203,12 @@ pub(super) fn backward<D: Device>(
     saved: &mut Saved<D>,
     scratch: &mut Scratch<D>,
 ) {
-    let rows = shape.rows();
+    let pass = shape.pass();
     let Saved { rstd: [rstd_attention, rstd_mlp], q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, dh, dx, act, dact, d_o, dq, dk, dv, dyb } = scratch;
+    let Scratch { h, dh, dx, act, dact, d_o, dq, dk, dv, lora } = scratch;
     let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears;
     let mut linear = |params: &mut [Param<D>], which: usize, linear: Linear, x: &_, dy: &_, beta: f32, dx: &mut _| {
-        let lora = xa[which].as_ref().zip(dyb.as_mut());
-        linear.backward(device, params, rows, x, lora, dy, beta, dx);
+        linear.backward(device, params, pass, x, xa[which].as_ref(), lora.as_mut(), dy, beta, dx);
     };
 
     device.swiglu_forward(gate, up, act);

@@ -1,75 +1,426 @@
-//! A linear layer with or without LoRA: `y = x Wᵀ + s (x Aᵀ) Bᵀ`; x (N, in), W (out, in), A (r, in), B (out, r).
+//! A linear layer with or without LoRA: `y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ`; x (N, in), W (out, in), A (r, in), B (out, r).
 
-use super::params::Param;
-use crate::ops::{Device, Mat, MatMut};
+use super::{
+    params::Param,
+    product::{Extents, Product},
+};
+use crate::ops::{Device, Dropout, Mat, MatMut};
 
-/// Where the weight is in the list of parameters and, if there are LoRA factors, A, B and the scaling s.
+/// Where the weight is in the list of parameters, and its LoRA factors, if there are any.
 #[derive(Clone, Copy)]
 pub(super) struct Linear {
     pub weight: usize,
-    pub lora: Option<(usize, usize, f32)>,
+    pub lora: Option<Factors>,
+}
+
+/// Where A and B are, and how the product with them is computed.
+#[derive(Clone, Copy)]
+pub(super) struct Factors {
+    pub a: usize,
+    pub b: usize,
+    pub scaling: Scaling,
+    pub product: Product,
+}
+
+/// s.
+#[derive(Clone, Copy)]
+pub(super) enum Scaling {
+    Fixed(f32),
+    /// `tanh` of the parameter at this place.
+    Tanh(usize),
+}
+
+impl Scaling {
+    pub fn value<D: Device>(self, device: &D, params: &[Param<D>]) -> f32 {
+        match self {
+            Scaling::Fixed(s) => s,
+            Scaling::Tanh(at) => device.read(&params[at].value).first().map_or(0.0, |s| s.tanh()),
+        }
+    }
+}
+
+/// What a pass over a batch tells every layer.
+#[derive(Clone, Copy)]
+pub(super) struct Pass {
+    /// N.
+    pub rows: usize,
+    /// Before A, in training.
+    pub dropout: Option<Dropout>,
+}
+
+impl Pass {
+    /// Every layer drops other elements.
+    fn dropout_of(&self, weight: usize) -> Option<Dropout> {
+        self.dropout.map(|d| d.fork(weight as u64))
+    }
+}
+
+/// Buffers that all low-rank layers share: nothing in them outlives one call.
+pub(super) struct LoraScratch<D: Device> {
+    /// `x Aᵀ` where it is not kept, (N, r).
+    xa: D::Buffer,
+    /// `dy B` (N, r).
+    dyb: D::Buffer,
+    /// `drop(x)`, or the gradient of it, (N, widest in); empty without dropout.
+    dropped: D::Buffer,
+    /// `W + s B A`, by number of elements.
+    formed: Vec<D::Buffer>,
+    /// The gradient of a whole weight, by number of elements.
+    whole_gradient: Vec<D::Buffer>,
+}
+
+impl<D: Device> LoraScratch<D> {
+    /// For these layers; `dims` are their `(out, in)`, all of rank r.
+    pub fn new(device: &D, dims: &[(usize, usize, Product)], rows: usize, r: usize, dropout: bool) -> Self {
+        let buffers = |needed: &dyn Fn(Product) -> bool| {
+            let mut lengths: Vec<usize> =
+                dims.iter().filter(|(.., product)| needed(*product)).map(|(out, inner, _)| out * inner).collect();
+            lengths.sort_unstable();
+            lengths.dedup();
+            lengths.into_iter().map(|len| device.zeros(len)).collect::<Vec<_>>()
+        };
+        let widest = dims.iter().map(|(_, inner, _)| *inner).max().unwrap_or(0);
+        let thin = dims.iter().any(|(.., p)| *p != Product::WholeGradient);
+        LoraScratch {
+            xa: device.zeros(if thin { rows * r } else { 0 }),
+            dyb: device.zeros(if thin { rows * r } else { 0 }),
+            dropped: device.zeros(if dropout { rows * widest } else { 0 }),
+            formed: buffers(&|p| p != Product::Factored),
+            whole_gradient: buffers(&|p| p == Product::WholeGradient),
+        }
+    }
+}
+
+fn of_length<'a, D: Device>(device: &D, buffers: &'a mut [D::Buffer], len: usize) -> &'a mut D::Buffer {
+    let found = buffers.iter_mut().find(|b| device.len(b) == len);
+    found.expect("the scratch was made for the layers of this model")
 }
 
 impl Linear {
     /// `(out, in)`.
-    fn dims<D: Device>(&self, params: &[Param<D>]) -> (usize, usize) {
+    pub fn dims<D: Device>(&self, params: &[Param<D>]) -> (usize, usize) {
         (params[self.weight].shape[0], params[self.weight].shape[1])
     }
 
-    /// `y = beta · y + x Wᵀ + s (x Aᵀ) Bᵀ`. `xa` receives `x Aᵀ` (N, r), kept for backward.
+    /// `y = beta · y + x Wᵀ + s (drop(x) Aᵀ) Bᵀ`. Where the product is factored, `xa` receives `drop(x) Aᵀ` (N, r), which
+    /// backward needs.
     #[allow(clippy::too_many_arguments)]
     pub fn forward<D: Device>(
         &self,
         device: &D,
         params: &[Param<D>],
-        rows: usize,
+        pass: Pass,
         x: &D::Buffer,
         xa: Option<&mut D::Buffer>,
+        scratch: Option<&mut LoraScratch<D>>,
         beta: f32,
         y: &mut D::Buffer,
     ) {
-        let (out, inner) = self.dims(params);
-        let weight = Mat::new(&params[self.weight].value, out, inner);
-        device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
-        if let (Some((a, b, scaling)), Some(xa)) = (self.lora, xa) {
-            let r = params[a].shape[0];
-            let (a, b) = (Mat::new(&params[a].value, r, inner), Mat::new(&params[b].value, out, r));
-            device.matmul(1.0, Mat::new(x, rows, inner), a.t(), 0.0, MatMut::new(xa, rows, r));
+        let ((out, inner), rows) = (self.dims(params), pass.rows);
+        let weight = &params[self.weight].value;
+        let Some((factors, scratch)) = self.lora.zip(scratch) else {
+            let weight = Mat::new(weight, out, inner);
+            return device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
+        };
+        let scaling = factors.scaling.value(device, params);
+        if factors.product == Product::Factored {
+            let r = params[factors.a].shape[0];
+            let weight = Mat::new(weight, out, inner);
+            device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
+            let Some(xa) = xa else { return };
+            self.project(device, params, pass, x, &mut scratch.dropped, xa);
+            let b = Mat::new(&params[factors.b].value, out, r);
             device.matmul(scaling, Mat::new(xa, rows, r), b.t(), 1.0, MatMut::new(y, rows, out));
+        } else {
+            let formed = of_length(device, &mut scratch.formed, out * inner);
+            self.form(device, params, factors, scaling, formed);
+            let weight = Mat::new(&*formed, out, inner);
+            device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
         }
     }
 
-    /// `dx = beta · dx + dy W + s (dy B) A`; what trains of W, A, B gets its gradient added. `dyb` is scratch (N, r).
+    /// `xa = drop(x) Aᵀ`.
+    fn project<D: Device>(
+        &self,
+        device: &D,
+        params: &[Param<D>],
+        pass: Pass,
+        x: &D::Buffer,
+        dropped: &mut D::Buffer,
+        xa: &mut D::Buffer,
+    ) {
+        let Some(factors) = self.lora else { return };
+        let (r, inner) = (params[factors.a].shape[0], params[factors.a].shape[1]);
+        let a = Mat::new(&params[factors.a].value, r, inner);
+        let x = match pass.dropout_of(self.weight) {
+            Some(dropout) => {
+                device.dropout_forward(dropout, x, dropped);
+                &*dropped
+            }
+            None => x,
+        };
+        device.matmul(1.0, Mat::new(x, pass.rows, inner), a.t(), 0.0, MatMut::new(xa, pass.rows, r));
+    }
+
+    /// What [`Linear::forward`] keeps for backward, without its product.
+    pub fn project_again<D: Device>(
+        &self,
+        device: &D,
+        params: &[Param<D>],
+        pass: Pass,
+        x: &D::Buffer,
+        xa: Option<&mut D::Buffer>,
+        scratch: Option<&mut LoraScratch<D>>,
+    ) {
+        if let (Some(xa), Some(scratch)) = (xa, scratch) {
+            self.project(device, params, pass, x, &mut scratch.dropped, xa);
+        }
+    }
+
+    /// `formed = W + s B A`.
+    fn form<D: Device>(&self, device: &D, params: &[Param<D>], factors: Factors, scaling: f32, formed: &mut D::Buffer) {
+        let [w, a, b] = [self.weight, factors.a, factors.b].map(|at| &params[at]);
+        device.copy(&w.value, formed);
+        let (b, a) = (Mat::new(&b.value, b.shape[0], b.shape[1]), Mat::new(&a.value, a.shape[0], a.shape[1]));
+        device.matmul(scaling, b, a, 1.0, MatMut::new(formed, w.shape[0], w.shape[1]));
+    }
+
+    /// `dx = beta · dx + dy W + s (dy B) A`, dropped where x was; what trains of W, A, B and s gets its gradient added.
+    /// `xa` is what forward kept.
     #[allow(clippy::too_many_arguments)]
     pub fn backward<D: Device>(
         &self,
         device: &D,
         params: &mut [Param<D>],
-        rows: usize,
+        pass: Pass,
         x: &D::Buffer,
-        lora_scratch: Option<(&D::Buffer, &mut D::Buffer)>,
+        xa: Option<&D::Buffer>,
+        scratch: Option<&mut LoraScratch<D>>,
         dy: &D::Buffer,
         beta: f32,
         dx: &mut D::Buffer,
     ) {
-        let (out, inner) = self.dims(params);
-        let (x, dy) = (|| Mat::new(x, rows, inner), || Mat::new(dy, rows, out));
-        let Param { value, grad, .. } = &mut params[self.weight];
-        if let Some(dw) = grad {
-            device.matmul(1.0, dy().t(), x(), 1.0, MatMut::new(dw, out, inner));
+        let ((out, inner), rows) = (self.dims(params), pass.rows);
+        if let Param { grad: Some(dw), .. } = &mut params[self.weight] {
+            let (x, dy) = (Mat::new(x, rows, inner), Mat::new(dy, rows, out));
+            device.matmul(1.0, dy.t(), x, 1.0, MatMut::new(dw, out, inner));
         }
-        device.matmul(1.0, dy(), Mat::new(value, out, inner), beta, MatMut::new(dx, rows, inner));
-        if let (Some((a, b, scaling)), Some((xa, dyb))) = (self.lora, lora_scratch) {
-            let r = params[a].shape[0];
-            if let Some(db) = &mut params[b].grad {
-                device.matmul(scaling, dy().t(), Mat::new(xa, rows, r), 1.0, MatMut::new(db, out, r));
+        let through = |weight: &D::Buffer, dx: &mut D::Buffer| {
+            let (dy, weight) = (Mat::new(dy, rows, out), Mat::new(weight, out, inner));
+            device.matmul(1.0, dy, weight, beta, MatMut::new(dx, rows, inner));
+        };
+        let Some((factors, scratch)) = self.lora.zip(scratch) else {
+            return through(&params[self.weight].value, dx);
+        };
+        let scaling = factors.scaling.value(device, params);
+        match (factors.product, xa) {
+            (Product::Factored, Some(xa)) => {
+                through(&params[self.weight].value, dx);
+                let LoraScratch { dyb, dropped, .. } = scratch;
+                self.thin_gradients(device, params, pass, factors, scaling, x, xa, dyb, dropped, dy);
+                let r = params[factors.a].shape[0];
+                let a = Mat::new(&params[factors.a].value, r, inner);
+                match pass.dropout_of(self.weight) {
+                    None => {
+                        device.matmul(scaling, Mat::new(dyb, rows, r), a, 1.0, MatMut::new(dx, rows, inner));
+                    }
+                    Some(dropout) => {
+                        let target = MatMut::new(dropped, rows, inner);
+                        device.matmul(scaling, Mat::new(dyb, rows, r), a, 0.0, target);
+                        device.dropout_backward(dropout, dropped, dx);
+                    }
+                }
             }
-            device.matmul(scaling, dy(), Mat::new(&params[b].value, out, r), 0.0, MatMut::new(dyb, rows, r));
-            if let Some(da) = &mut params[a].grad {
-                device.matmul(1.0, Mat::new(dyb, rows, r).t(), x(), 1.0, MatMut::new(da, r, inner));
+            (product, _) => {
+                let formed = of_length(device, &mut scratch.formed, out * inner);
+                self.form(device, params, factors, scaling, formed);
+                through(formed, dx);
+                if product == Product::WholeGradient {
+                    let dw = of_length(device, &mut scratch.whole_gradient, out * inner);
+                    self.gradients_from_whole(device, params, pass, factors, scaling, x, dw, dy);
+                } else {
+                    let LoraScratch { xa, dyb, dropped, .. } = scratch;
+                    self.project(device, params, pass, x, dropped, xa);
+                    self.thin_gradients(device, params, pass, factors, scaling, x, xa, dyb, dropped, dy);
+                }
             }
-            let a = Mat::new(&params[a].value, r, inner);
-            device.matmul(1.0, Mat::new(dyb, rows, r), a, 1.0, MatMut::new(dx, rows, inner));
         }
+    }
+
+    /// `dB += s dyᵀ xa`, `dA += s (dy B)ᵀ drop(x)`, and of a trained scaling `tanh(p)`: `dp += (1 - s²) <dy B, xa>`.
+    #[allow(clippy::too_many_arguments)]
+    fn thin_gradients<D: Device>(
+        &self,
+        device: &D,
+        params: &mut [Param<D>],
+        pass: Pass,
+        factors: Factors,
+        scaling: f32,
+        x: &D::Buffer,
+        xa: &D::Buffer,
+        dyb: &mut D::Buffer,
+        dropped: &mut D::Buffer,
+        dy: &D::Buffer,
+    ) {
+        let ((out, inner), rows) = (self.dims(params), pass.rows);
+        let r = params[factors.a].shape[0];
+        let dy = || Mat::new(dy, rows, out);
+        device.matmul(1.0, dy(), Mat::new(&params[factors.b].value, out, r), 0.0, MatMut::new(dyb, rows, r));
+        if let Some(db) = &mut params[factors.b].grad {
+            device.matmul(scaling, dy().t(), Mat::new(xa, rows, r), 1.0, MatMut::new(db, out, r));
+        }
+        if let Some(da) = &mut params[factors.a].grad {
+            let x = match pass.dropout_of(self.weight) {
+                Some(dropout) => {
+                    device.dropout_forward(dropout, x, dropped);
+                    &*dropped
+                }
+                None => x,
+            };
+            device.matmul(
+                scaling,
+                Mat::new(dyb, rows, r).t(),
+                Mat::new(x, rows, inner),
+                1.0,
+                MatMut::new(da, r, inner),
+            );
+        }
+        if let Scaling::Tanh(at) = factors.scaling
+            && let Some(dp) = &mut params[at].grad
+        {
+            let more = (1.0 - f64::from(scaling).powi(2)) * device.dot(dyb, xa);
+            let sum: Vec<f32> = device.read(dp).iter().map(|d| (f64::from(*d) + more) as f32).collect();
+            device.write(dp, &sum);
+        }
+    }
+
+    /// `dW = dyᵀ x`, `dB += s dW Aᵀ`, `dA += s Bᵀ dW`.
+    #[allow(clippy::too_many_arguments)]
+    fn gradients_from_whole<D: Device>(
+        &self,
+        device: &D,
+        params: &mut [Param<D>],
+        pass: Pass,
+        factors: Factors,
+        scaling: f32,
+        x: &D::Buffer,
+        dw: &mut D::Buffer,
+        dy: &D::Buffer,
+    ) {
+        let ((out, inner), rows) = (self.dims(params), pass.rows);
+        let r = params[factors.a].shape[0];
+        let (x, dy) = (Mat::new(x, rows, inner), Mat::new(dy, rows, out));
+        device.matmul(1.0, dy.t(), x, 0.0, MatMut::new(dw, out, inner));
+        let [a, b] = params.get_disjoint_mut([factors.a, factors.b]).expect("A and B are two parameters");
+        if let Some(db) = &mut b.grad {
+            let a = Mat::new(&a.value, r, inner);
+            device.matmul(scaling, Mat::new(dw, out, inner), a.t(), 1.0, MatMut::new(db, out, r));
+        }
+        if let Some(da) = &mut a.grad {
+            let b = Mat::new(&b.value, out, r);
+            device.matmul(scaling, b.t(), Mat::new(dw, out, inner), 1.0, MatMut::new(da, r, inner));
+        }
+    }
+}
+
+/// Extents of the product of a layer, for [`Product::choose`].
+pub(super) fn extents((out, inner): (usize, usize), rows: usize, r: usize) -> Extents {
+    Extents { rows, out, inner, r }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::{ParamKind, params::Param},
+        ops::{
+            Cpu,
+            testing::{assert_close, dot, gradient, noise, wide},
+        },
+    };
+
+    const ROWS: usize = 7;
+    const OUT: usize = 6;
+    const INNER: usize = 5;
+    const R: usize = 3;
+
+    /// y (rows, out) in f64. `values` are W, A, B and p or s; `mask` multiplies x before A.
+    fn reference(x: &[f64], values: &[Vec<f64>], mask: &[f64], tanh: bool) -> Vec<f64> {
+        let [w, a, b, s] = values else { unreachable!() };
+        let s = if tanh { s[0].tanh() } else { s[0] };
+        let rows = (0..ROWS * OUT).map(|at| {
+            let (n, o) = (at / OUT, at % OUT);
+            let x = &x[n * INNER..][..INNER];
+            let dropped: Vec<f64> = x.iter().zip(&mask[n * INNER..]).map(|(x, m)| x * m).collect();
+            let low: f64 = (0..R).map(|j| dot(&dropped, &a[j * INNER..][..INNER]) * b[o * R + j]).sum();
+            dot(x, &w[o * INNER..][..INNER]) + s * low
+        });
+        rows.collect()
+    }
+
+    /// Forward, dx and every gradient against f64 and its differences, `dx` and gradients added to what was there.
+    fn check(product: Product, dropout: Option<Dropout>, tanh: bool) {
+        let what = format!("{product:?} {dropout:?} {tanh}");
+        let shapes = [vec![OUT, INNER], vec![R, INNER], vec![OUT, R], vec![1]];
+        let kinds = [ParamKind::Linear, ParamKind::LoraA, ParamKind::LoraB, ParamKind::LoraScaling];
+        let mut params: Vec<Param<Cpu>> = Vec::new();
+        for (i, (shape, kind)) in shapes.into_iter().zip(kinds).enumerate() {
+            let values = noise(10 + i as u64, shape.iter().product());
+            let mut param = Param::new(format!("{kind:?}"), kind, shape, values);
+            param.set_trainable(&Cpu, kind != ParamKind::Linear);
+            if let Some(grad) = &mut param.grad {
+                grad.fill(0.25);
+            }
+            params.push(param);
+        }
+        let scaling = if tanh { Scaling::Tanh(3) } else { Scaling::Fixed(params[3].value[0]) };
+        let linear = Linear { weight: 0, lora: Some(Factors { a: 1, b: 2, scaling, product }) };
+        let pass = Pass { rows: ROWS, dropout };
+        let mut scratch = LoraScratch::new(&Cpu, &[(OUT, INNER, product)], ROWS, R, dropout.is_some());
+        let (x, dy, mut y) = (noise(1, ROWS * INNER), noise(2, ROWS * OUT), noise(3, ROWS * OUT));
+        let (mut dx, mut xa) = (noise(4, ROWS * INNER), vec![0.0; ROWS * R]);
+        let mut mask = vec![1.0; ROWS * INNER];
+        if let Some(dropout) = pass.dropout_of(0) {
+            Cpu.dropout_forward(dropout, &vec![1.0; ROWS * INNER], &mut mask);
+            assert!(mask.contains(&0.0));
+        }
+        let (x64, mask, dy64) = (wide(&x), wide(&mask), wide(&dy));
+        let values: Vec<Vec<f64>> = params.iter().map(|p| wide(&p.value)).collect();
+        let add = |start: &[f32], half: f64, more: Vec<f64>| -> Vec<f64> {
+            wide(start).iter().zip(more).map(|(a, b)| half * a + b).collect()
+        };
+        let expected_y = add(&y, 0.5, reference(&x64, &values, &mask, tanh));
+        let expected_dx = add(&dx, 0.5, gradient(&x64, |x| dot(&reference(x, &values, &mask, tanh), &dy64)));
+
+        linear.forward(&Cpu, &params, pass, &x, Some(&mut xa), Some(&mut scratch), 0.5, &mut y);
+        assert_close(&format!("{what} y"), &y, &expected_y, 1e-6);
+        let kept = (product == Product::Factored).then_some(&xa);
+        linear.backward(&Cpu, &mut params, pass, &x, kept, Some(&mut scratch), &dy, 0.5, &mut dx);
+        assert_close(&format!("{what} dx"), &dx, &expected_dx, 1e-6);
+        for at in 1..if tanh { 4 } else { 3 } {
+            let loss = |value: &[f64]| {
+                let mut values = values.clone();
+                values[at] = value.to_vec();
+                dot(&reference(&x64, &values, &mask, tanh), &dy64)
+            };
+            let expected: Vec<f64> = gradient(&values[at], loss).iter().map(|g| g + 0.25).collect();
+            assert_close(&format!("{what} {}", params[at].name), params[at].grad.as_ref().unwrap(), &expected, 2e-6);
+        }
+    }
+
+    #[test]
+    fn every_way_to_compute_the_product_matches_f64_and_its_differences() {
+        for product in [Product::Factored, Product::Formed, Product::WholeGradient] {
+            check(product, None, false);
+        }
+        check(Product::Factored, None, true);
+        check(Product::Formed, None, true);
+    }
+
+    #[test]
+    fn dropout_is_the_same_in_forward_and_backward() {
+        let dropout = Some(Dropout { p: 0.4, key: 5 });
+        check(Product::Factored, dropout, false);
+        check(Product::Factored, dropout, true);
     }
 }

@@ -6,24 +6,30 @@
 use super::{
     Model,
     block::{self, Block, Saved, Scratch, Shape},
-    config::LlamaConfig,
-    lora::LoraSpec,
+    linear::LoraScratch,
     params::Param,
 };
 use crate::{
     error::{Error, Result},
-    ops::{Device, IGNORE, Mat, MatMut},
+    ops::{Device, Dropout, IGNORE, Mat, MatMut},
 };
 
 /// Logits that exist at a time.
 const LOGITS: usize = 1 << 23;
+
+/// Rows of logits that exist at a time, for a batch of `rows`.
+pub(super) fn logits_chunk(vocab: usize, rows: usize) -> usize {
+    (LOGITS / vocab).clamp(32, rows.max(32)).min(rows)
+}
 
 /// All activations of one batch shape.
 pub(super) struct Workspace<D: Device> {
     shape: Shape<D>,
     /// The residual stream before each block, and after the last: L + 1 of (N, C).
     residual: Vec<D::Buffer>,
-    blocks: Vec<(Block, Saved<D>)>,
+    blocks: Vec<Block>,
+    /// One per block; with activation checkpointing, one for all.
+    saved: Vec<Saved<D>>,
     scratch: Scratch<D>,
     final_rstd: D::Buffer,
     /// Rows of logits that exist at a time.
@@ -34,20 +40,22 @@ pub(super) struct Workspace<D: Device> {
 }
 
 impl<D: Device> Workspace<D> {
-    fn new(
-        device: &D,
-        config: &LlamaConfig,
-        blocks: Vec<Block>,
-        lora: Option<&LoraSpec>,
-        batch: usize,
-        len: usize,
-    ) -> Self {
+    fn new(model: &Model<D>, batch: usize, len: usize) -> Self {
+        let Model { device, config, params, layout, lora, activation_checkpointing, .. } = model;
         let rows = batch * len;
-        let chunk = (LOGITS / config.vocab_size).clamp(32, rows.max(32)).min(rows);
+        let linears = |i| std::array::from_fn(|which| model.linear(i, which, rows));
+        let blocks: Vec<Block> = (0..config.num_hidden_layers).map(|i| Block::new(layout, i, linears(i))).collect();
+        let chunk = logits_chunk(config.vocab_size, rows);
+        let lora = lora.as_ref().map(|spec| {
+            let dims = blocks.first().map(|b| b.low_rank(params)).unwrap_or_default();
+            LoraScratch::new(device, &dims, rows, spec.r, spec.dropout > 0.0)
+        });
+        let kept = if *activation_checkpointing { 1.min(blocks.len()) } else { blocks.len() };
         Workspace {
             shape: Shape::new(device, config, batch, len),
             residual: (0..=blocks.len()).map(|_| device.zeros(rows * config.hidden_size)).collect(),
-            blocks: blocks.into_iter().map(|b| (b, Saved::new(device, config, rows, lora))).collect(),
+            saved: blocks[..kept].iter().map(|b| Saved::new(device, config, rows, params, b)).collect(),
+            blocks,
             scratch: Scratch::new(device, config, rows, lora),
             final_rstd: device.zeros(rows),
             chunk,
@@ -67,7 +75,7 @@ impl<D: Device> Model<D> {
     /// gradient to the gradients of what trains.
     pub fn forward_backward(&mut self, tokens: &[u32], batch: usize, len: usize, grad_scale: f32) -> Result<f64> {
         self.check_tokens(tokens, batch, len, 2)?;
-        self.run_blocks(tokens, batch, len);
+        self.run_blocks(tokens, batch, len, self.dropout());
         let predictions = (batch * (len - 1)) as f64;
         self.run_head(tokens, len, Some((f64::from(grad_scale) / predictions) as f32));
         self.run_backward(tokens);
@@ -78,7 +86,7 @@ impl<D: Device> Model<D> {
     /// Sum of the losses, in nats, and the number of predictions; no gradients.
     pub fn loss(&mut self, tokens: &[u32], batch: usize, len: usize) -> Result<(f64, u64)> {
         self.check_tokens(tokens, batch, len, 2)?;
-        self.run_blocks(tokens, batch, len);
+        self.run_blocks(tokens, batch, len, None);
         self.run_head(tokens, len, None);
         self.device.status()?;
         Ok((self.sum_of_losses(), (batch * (len - 1)) as u64))
@@ -87,7 +95,7 @@ impl<D: Device> Model<D> {
     /// Logits of every position (N, V), on the host.
     pub fn logits(&mut self, tokens: &[u32], batch: usize, len: usize) -> Result<Vec<f32>> {
         self.check_tokens(tokens, batch, len, 1)?;
-        self.run_blocks(tokens, batch, len);
+        self.run_blocks(tokens, batch, len, None);
         let Model { device, config, params, layout, workspace, .. } = self;
         let workspace = workspace.as_mut().expect("the blocks have just run");
         let (rows, width, vocab) = (batch * len, config.hidden_size, config.vocab_size);
@@ -125,20 +133,21 @@ impl<D: Device> Model<D> {
     }
 
     /// From tokens to the normed output of the last block, in `scratch.h`.
-    fn run_blocks(&mut self, tokens: &[u32], batch: usize, len: usize) {
-        let Model { device, config, params, layout, lora, workspace, .. } = self;
-        if !workspace.as_ref().is_some_and(|w| w.fits(batch, len)) {
+    fn run_blocks(&mut self, tokens: &[u32], batch: usize, len: usize, dropout: Option<Dropout>) {
+        if !self.workspace.as_ref().is_some_and(|w| w.fits(batch, len)) {
             // The old one goes first: there is never memory for two.
-            *workspace = None;
-            let blocks = (0..config.num_hidden_layers).map(|i| Block::new(layout, i, lora.as_ref())).collect();
-            *workspace = Some(Workspace::new(device, config, blocks, lora.as_ref(), batch, len));
+            self.workspace = None;
+            self.workspace = Some(Workspace::new(self, batch, len));
         }
-        let Some(Workspace { shape, residual, blocks, scratch, final_rstd, .. }) = workspace else { return };
+        let Model { device, params, layout, workspace, .. } = self;
+        let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
+        shape.dropout = dropout;
         let tokens = device.upload_tokens(tokens);
         device.embedding_forward(&tokens, &params[layout.embedding()].value, &mut residual[0]);
-        for (i, (block, saved)) in blocks.iter_mut().enumerate() {
+        for (i, block) in blocks.iter().enumerate() {
             let (before, after) = residual.split_at_mut(i + 1);
-            block::forward(device, params, block, shape, &before[i], saved, scratch, &mut after[0]);
+            let own = i.min(saved.len() - 1);
+            block::forward(device, params, block, shape, &before[i], &mut saved[own], scratch, Some(&mut after[0]));
         }
         let norm = &params[layout.final_norm()].value;
         device.rms_norm_forward(&residual[blocks.len()], norm, shape.eps, &mut scratch.h, final_rstd);
@@ -172,12 +181,17 @@ impl<D: Device> Model<D> {
     /// From `scratch.dh` back to the embedding.
     fn run_backward(&mut self, tokens: &[u32]) {
         let Model { device, params, layout, workspace, .. } = self;
-        let Some(Workspace { shape, residual, blocks, scratch, final_rstd, .. }) = workspace else { return };
+        let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
         device.fill(&mut scratch.dx, 0.0);
         let norm = &mut params[layout.final_norm()];
         block::norm_backward(device, norm, &residual[blocks.len()], final_rstd, &scratch.dh, &mut scratch.dx);
-        for (i, (block, saved)) in blocks.iter_mut().enumerate().rev() {
-            block::backward(device, params, block, shape, &residual[i], saved, scratch);
+        for (i, block) in blocks.iter().enumerate().rev() {
+            let own = i.min(saved.len() - 1);
+            // What the last block kept is still there.
+            if saved.len() < blocks.len() && i + 1 < blocks.len() {
+                block::forward(device, params, block, shape, &residual[i], &mut saved[own], scratch, None);
+            }
+            block::backward(device, params, block, shape, &residual[i], &mut saved[own], scratch);
         }
         if let Some(grad) = &mut params[layout.embedding()].grad {
             device.embedding_backward(&device.upload_tokens(tokens), &scratch.dx, grad);

@@ -2,9 +2,14 @@
 
 use super::{
     Model, init,
+    linear::Linear,
     params::{Param, ParamKind, TARGETS},
+    product::ProductChoice,
 };
-use crate::ops::{Device, Mat, MatMut};
+use crate::{
+    adapter::config::scaling,
+    ops::{Device, Dropout, Mat, MatMut},
+};
 
 /// The LoRA hyper-parameters, the same for every target.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,27 +20,44 @@ pub struct LoraSpec {
     pub lora_alpha: f64,
     /// s in `W + s B A`: `lora_alpha / r`, or whatever the adapter's variant makes of it.
     pub scaling: f64,
-    /// Dropout before A. Must be 0.
+    /// Dropout before A while training; below 1.
     pub dropout: f64,
+    /// Every target has a parameter p of its own, which starts at 1 and trains, and `s = tanh(p)`.
+    pub train_scaling: bool,
+    /// How the products are computed.
+    pub product: ProductChoice,
+}
+
+impl LoraSpec {
+    /// Plain LoRA: `s = lora_alpha / r`, no dropout.
+    pub fn new(r: usize, lora_alpha: f64) -> Self {
+        let scaling = scaling(lora_alpha, r, false);
+        LoraSpec { r, lora_alpha, scaling, dropout: 0.0, train_scaling: false, product: ProductChoice::Auto }
+    }
 }
 
 impl<D: Device> Model<D> {
     /// Adds factors to all targets, trainable, and freezes the targets: A uniform in ±1/√in (Kaiming with a = √5, drawn
     /// from the model's seed; see [`Model::reset_lora`]), B zero. Factors that were there are dropped.
     pub fn add_lora(&mut self, spec: LoraSpec) {
-        assert!(spec.r > 0 && spec.dropout == 0.0, "LoRA needs a positive rank and no dropout");
+        assert!(spec.r > 0 && (0.0..1.0).contains(&spec.dropout), "LoRA needs a positive rank and a dropout below 1");
         self.remove_lora();
         for layer in 0..self.config.num_hidden_layers {
             for which in 0..TARGETS.len() {
-                let weight = self.layout.linear(layer, which, None).weight;
+                let weight = self.layout.weight(layer, which);
                 self.params[weight].set_trainable(&self.device, false);
                 let Param { name, shape, .. } = &self.params[weight];
                 let (module, out, inner) = (name.trim_end_matches(".weight").to_owned(), shape[0], shape[1]);
-                let factors =
-                    [(ParamKind::LoraA, "lora_A", [spec.r, inner]), (ParamKind::LoraB, "lora_B", [out, spec.r])];
+                let mut factors = vec![
+                    (ParamKind::LoraA, "lora_A.weight", vec![spec.r, inner]),
+                    (ParamKind::LoraB, "lora_B.weight", vec![out, spec.r]),
+                ];
+                if spec.train_scaling {
+                    factors.push((ParamKind::LoraScaling, "scaling", vec![1]));
+                }
                 for (kind, factor, shape) in factors {
-                    let value = self.device.zeros(shape[0] * shape[1]);
-                    let mut param = Param::new(format!("{module}.{factor}.weight"), kind, shape.to_vec(), value);
+                    let value = self.device.zeros(shape.iter().product());
+                    let mut param = Param::new(format!("{module}.{factor}"), kind, shape, value);
                     param.set_trainable(&self.device, true);
                     self.params.push(param);
                 }
@@ -50,32 +72,81 @@ impl<D: Device> Model<D> {
         self.lora.as_ref()
     }
 
-    /// Draws A anew, each from `seed` and its name, and sets B to zero. Gradients stay.
+    /// Chooses the elements that dropout drops in the next [`Model::forward_backward`]: the same key, the same elements.
+    pub fn set_dropout_key(&mut self, key: u64) {
+        self.dropout_key = key;
+    }
+
+    pub(super) fn dropout(&self) -> Option<Dropout> {
+        let p = self.lora.as_ref().map_or(0.0, |spec| spec.dropout);
+        (p > 0.0).then_some(Dropout { p: p as f32, key: self.dropout_key })
+    }
+
+    /// Draws A anew, each from `seed` and its name, sets B to zero and trained scalings to 1. Gradients stay.
     pub fn reset_lora(&mut self, seed: u64) {
         for param in &mut self.params[self.layout.len()..] {
-            if param.kind == ParamKind::LoraA {
-                let bound = 1.0 / (param.shape[1] as f64).sqrt();
-                let values = init::uniform(seed, &param.name, bound, param.elements());
-                self.device.write(&mut param.value, &values);
-            } else {
-                self.device.fill(&mut param.value, 0.0);
+            match param.kind {
+                ParamKind::LoraA => {
+                    let bound = 1.0 / (param.shape[1] as f64).sqrt();
+                    let values = init::uniform(seed, &param.name, bound, param.elements());
+                    self.device.write(&mut param.value, &values);
+                }
+                ParamKind::LoraScaling => self.device.fill(&mut param.value, 1.0),
+                _ => self.device.fill(&mut param.value, 0.0),
             }
+        }
+    }
+
+    /// s in `W + s B A` of the projection called `module`.
+    pub fn scaling_of(&self, module: &str) -> f64 {
+        let Some(spec) = &self.lora else { return 0.0 };
+        match self.param(&format!("{module}.scaling")).filter(|_| spec.train_scaling) {
+            // In f32, as forward and merge compute it.
+            Some(p) => self.device.read(&p.value).first().map_or(0.0, |s| f64::from(s.tanh())),
+            None => spec.scaling,
+        }
+    }
+
+    /// With a trained scaling, B times `tanh(p) / spec.scaling`: what [`Model::merge_lora`] multiplies with `spec.scaling`,
+    /// and an adapter stores. `module` is called as in the model, without `.weight`.
+    pub fn scaled_b(&self, module: &str) -> Option<Vec<f32>> {
+        let spec = self.lora.as_ref().filter(|spec| spec.train_scaling)?;
+        let b = self.param(&format!("{module}.lora_B.weight"))?;
+        let factor = (self.scaling_of(module) / spec.scaling) as f32;
+        Some(self.device.read(&b.value).into_iter().map(|x| x * factor).collect())
+    }
+
+    /// Draws B as the official code does where B A stands alone: uniform in ±1/√r.
+    pub fn draw_b(&mut self, seed: u64) {
+        for param in self.params.iter_mut().filter(|p| p.kind == ParamKind::LoraB) {
+            let bound = 1.0 / (param.shape[1] as f64).sqrt();
+            self.device.write(&mut param.value, &init::uniform(seed, &param.name, bound, param.shape.iter().product()));
         }
     }
 
     /// `W += s B A` for every target, in f32. The factors stay as they are.
     pub fn merge_lora(&mut self) {
+        let Some(spec) = self.lora.clone() else { return };
         for layer in 0..self.config.num_hidden_layers {
             for which in 0..TARGETS.len() {
-                let linear = self.layout.linear(layer, which, self.lora.as_ref());
-                let Some((a, b, scaling)) = linear.lora else { return };
-                let (weights, factors) = self.params.split_at_mut(self.layout.len());
-                let (a, b) = (&factors[a - weights.len()], &factors[b - weights.len()]);
-                let w = &mut weights[linear.weight];
-                let [b, a] = [b, a].map(|p| Mat::new(&p.value, p.shape[0], p.shape[1]));
-                self.device.matmul(scaling, b, a, 1.0, MatMut::new(&mut w.value, w.shape[0], w.shape[1]));
+                let Linear { weight, lora: Some(factors) } = self.linear(layer, which, 0) else { return };
+                let module = self.params[weight].name.trim_end_matches(".weight");
+                let scaled = self.scaled_b(module).map(|b| self.device.upload(&b));
+                let (weights, rest) = self.params.split_at_mut(self.layout.len());
+                let (a, b) = (&rest[factors.a - weights.len()], &rest[factors.b - weights.len()]);
+                let w = &mut weights[weight];
+                let a = Mat::new(&a.value, a.shape[0], a.shape[1]);
+                let b = Mat::new(scaled.as_ref().unwrap_or(&b.value), b.shape[0], b.shape[1]);
+                let target = MatMut::new(&mut w.value, w.shape[0], w.shape[1]);
+                self.device.matmul(spec.scaling as f32, b, a, 1.0, target);
             }
         }
+    }
+
+    /// The `which`-th projection of block `layer`, for batches of `rows` rows.
+    pub(super) fn linear(&self, layer: usize, which: usize, rows: usize) -> Linear {
+        let shape = &self.params[self.layout.weight(layer, which)].shape;
+        self.layout.linear(layer, which, self.lora.as_ref(), (shape[0], shape[1]), rows)
     }
 
     /// Drops the factors without merging them. The targets stay frozen; see [`Model::set_trainable`].

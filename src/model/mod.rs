@@ -10,10 +10,12 @@ mod linear;
 mod llama;
 mod lora;
 mod params;
+mod product;
 
 pub use config::{LlamaConfig, RopeScaling};
 pub use lora::LoraSpec;
 pub use params::{Param, ParamKind};
+pub use product::{Extents, Product, ProductChoice};
 
 use crate::{checkpoint::Checkpoint, error::Result, ops::Device};
 use llama::Workspace;
@@ -27,6 +29,8 @@ pub struct Model<D: Device> {
     layout: Layout,
     lora: Option<LoraSpec>,
     seed: u64,
+    dropout_key: u64,
+    activation_checkpointing: bool,
     workspace: Option<Workspace<D>>,
 }
 
@@ -49,7 +53,17 @@ impl<D: Device> Model<D> {
 
     fn assemble(device: D, config: LlamaConfig, params: Vec<Param<D>>, seed: u64) -> Self {
         let layout = Layout::new(&config);
-        let mut model = Model { device, config, params, layout, lora: None, seed, workspace: None };
+        let mut model = Model {
+            device,
+            config,
+            params,
+            layout,
+            lora: None,
+            seed,
+            dropout_key: 0,
+            activation_checkpointing: false,
+            workspace: None,
+        };
         model.set_trainable(|_| true);
         model
     }
@@ -72,7 +86,15 @@ impl<D: Device> Model<D> {
         }
     }
 
-    /// All parameters: the model's in Hugging Face's order, then the LoRA factors, A before B.
+    /// Whether a block keeps nothing but its input between forward and backward, and runs its forward again: the same
+    /// gradients, bit for bit, for about a third more work and the activations of one block instead of all.
+    pub fn set_activation_checkpointing(&mut self, on: bool) {
+        self.activation_checkpointing = on;
+        self.workspace = None;
+    }
+
+    /// All parameters: the model's in Hugging Face's order, then the LoRA factors, A before B
+    /// (and p of a trained scaling).
     pub fn params(&self) -> &[Param<D>] {
         &self.params
     }
@@ -118,7 +140,7 @@ mod tests {
     const TOKENS: [u32; 15] = [1, 5, 36, 0, 7, 7, 7, 2, 9, 11, 30, 4, 4, 1, 0];
 
     fn spec(r: usize) -> LoraSpec {
-        LoraSpec { r, lora_alpha: 6.0, scaling: 6.0 / r as f64, dropout: 0.0 }
+        LoraSpec::new(r, 6.0)
     }
 
     /// Alters the name's shape or values; whether the tensor is stored at all.
@@ -253,6 +275,87 @@ mod tests {
         assert!((merged / adapted - 1.0).abs() < 1e-5, "{adapted} {merged}");
         model.remove_lora();
         assert_eq!((model.loss(&TOKENS, 3, 5).unwrap().0, model.params().len()), (merged, 21));
+    }
+
+    /// A model with factors in every corner case, B not zero.
+    fn adapted(spec: LoraSpec) -> Model<Cpu> {
+        let mut model = Model::init(Cpu, tiny(true), 3).unwrap();
+        model.add_lora(spec);
+        for b in model.params_mut().iter_mut().filter(|p| p.kind == ParamKind::LoraB) {
+            b.value = crate::ops::testing::noise(7, b.elements());
+        }
+        model
+    }
+
+    fn gradients(model: &mut Model<Cpu>) -> (f64, Vec<Vec<f32>>) {
+        model.zero_grad();
+        let loss = model.forward_backward(&TOKENS, 3, 5, 1.0).unwrap();
+        (loss, model.params().iter().filter_map(|p| p.grad.clone()).collect())
+    }
+
+    #[test]
+    fn activation_checkpointing_changes_no_bit() {
+        for spec in [
+            LoraSpec { product: ProductChoice::Formed, ..spec(3) },
+            LoraSpec { dropout: 0.3, train_scaling: true, ..spec(3) },
+        ] {
+            let mut model = adapted(spec);
+            let plain = gradients(&mut model);
+            model.set_activation_checkpointing(true);
+            assert!(gradients(&mut model) == plain);
+        }
+    }
+
+    #[test]
+    fn every_way_to_compute_the_product_gives_the_same_gradients() {
+        let run = |product| gradients(&mut adapted(LoraSpec { product, ..spec(3) }));
+        let (loss, expected) = run(ProductChoice::Factored);
+        for product in [ProductChoice::Auto, ProductChoice::Formed, ProductChoice::WholeGradient] {
+            let (found, grads) = run(product);
+            assert!((found / loss - 1.0).abs() < 1e-6, "{product:?} {found} {loss}");
+            for (grad, expected) in grads.iter().zip(&expected) {
+                crate::ops::testing::assert_close(
+                    &format!("{product:?}"),
+                    grad,
+                    &crate::ops::testing::wide(expected),
+                    2e-5,
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn dropout_depends_on_its_key_and_is_off_in_evaluation() {
+        let mut model = adapted(LoraSpec { dropout: 0.5, ..spec(3) });
+        let mut with_key = |key| {
+            model.set_dropout_key(key);
+            gradients(&mut model)
+        };
+        let first = with_key(1);
+        assert!(with_key(2).0 != first.0);
+        assert!(with_key(1) == first);
+        let evaluated = model.loss(&TOKENS, 3, 5).unwrap().0;
+        let without = adapted(LoraSpec { product: ProductChoice::Factored, ..spec(3) }).loss(&TOKENS, 3, 5).unwrap().0;
+        assert_eq!(evaluated, without);
+    }
+
+    #[test]
+    fn a_trained_scaling_is_merged_as_its_tanh() {
+        let mut model = adapted(LoraSpec { train_scaling: true, ..spec(3) });
+        let module = "model.layers.1.mlp.up_proj";
+        assert_eq!(model.scaling_of(module), f64::from(1f32.tanh()));
+        for p in model.params_mut().iter_mut().filter(|p| p.kind == ParamKind::LoraScaling) {
+            p.value = vec![-0.3];
+        }
+        let stored = model.scaled_b(module).unwrap();
+        let b = &model.param(&format!("{module}.lora_B.weight")).unwrap().value;
+        // PEFT multiplies with lora_alpha / r = 2.
+        assert!((stored[0] / b[0] - (-0.3f32).tanh() / 2.0).abs() < 1e-6);
+        let adapted = model.loss(&TOKENS, 3, 5).unwrap().0;
+        model.merge_lora();
+        model.remove_lora();
+        let merged = model.loss(&TOKENS, 3, 5).unwrap().0;
+        assert!((merged / adapted - 1.0).abs() < 1e-5, "{adapted} {merged}");
     }
 
     #[test]

@@ -1,6 +1,12 @@
 //! The table of parameters: name, kind, shape; their initial values and how they are read from a checkpoint.
 
-use super::{config::LlamaConfig, init, linear::Linear, lora::LoraSpec};
+use super::{
+    config::LlamaConfig,
+    init,
+    linear::{Factors, Linear, Scaling, extents},
+    lora::LoraSpec,
+    product::Product,
+};
 use crate::{
     checkpoint::{Checkpoint, Tensor},
     error::{Error, Result},
@@ -24,6 +30,15 @@ pub enum ParamKind {
     LoraA,
     /// The outer LoRA factor B (out, r).
     LoraB,
+    /// p (1) of a trained LoRA scaling `tanh(p)`.
+    LoraScaling,
+}
+
+impl ParamKind {
+    /// Whether it belongs to a low-rank delta.
+    pub fn is_lora(self) -> bool {
+        matches!(self, ParamKind::LoraA | ParamKind::LoraB | ParamKind::LoraScaling)
+    }
 }
 
 /// One named tensor, and its gradient while it trains.
@@ -114,13 +129,30 @@ impl Layout {
         0
     }
 
-    /// The `which`-th of [`TARGETS`] in block `layer`.
-    pub fn linear(&self, layer: usize, which: usize, lora: Option<&LoraSpec>) -> Linear {
+    /// The `which`-th of [`TARGETS`] in block `layer`, with the way its product takes for `rows` rows. `dims` are its
+    /// `(out, in)`.
+    pub fn linear(
+        &self,
+        layer: usize,
+        which: usize,
+        lora: Option<&LoraSpec>,
+        dims: (usize, usize),
+        rows: usize,
+    ) -> Linear {
         let factors = |spec: &LoraSpec| {
-            let a = self.len() + 2 * (layer * TARGETS.len() + which);
-            (a, a + 1, spec.scaling as f32)
+            let per_target = if spec.train_scaling { 3 } else { 2 };
+            let a = self.len() + per_target * (layer * TARGETS.len() + which);
+            let scaling = if spec.train_scaling { Scaling::Tanh(a + 2) } else { Scaling::Fixed(spec.scaling as f32) };
+            let extents = extents(dims, rows, spec.r);
+            let product = Product::choose(spec.product, extents, spec.dropout > 0.0, spec.train_scaling);
+            Factors { a, b: a + 1, scaling, product }
         };
-        Linear { weight: 1 + layer * PER_BLOCK + which, lora: lora.map(factors) }
+        Linear { weight: self.weight(layer, which), lora: lora.map(factors) }
+    }
+
+    /// The weight of the `which`-th of [`TARGETS`] in block `layer`.
+    pub fn weight(&self, layer: usize, which: usize) -> usize {
+        1 + layer * PER_BLOCK + which
     }
 
     /// The norm before attention (`which` 0) or before the MLP (1) of block `layer`.

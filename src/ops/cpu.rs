@@ -1,8 +1,8 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Mat, MatMut, RopeShape, adamw, attention, cross_entropy, elementwise, embedding,
-    matmul, rms_norm, rope, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, adamw, attention, cross_entropy, dropout,
+    elementwise, embedding, matmul, rms_norm, rope, swiglu,
 };
 use crate::error::Result;
 
@@ -60,6 +60,18 @@ impl Device for Cpu {
 
     fn sum_of_squares(&self, x: &Vec<f32>) -> f64 {
         elementwise::sum_of_squares(x)
+    }
+
+    fn dot(&self, x: &Vec<f32>, y: &Vec<f32>) -> f64 {
+        elementwise::dot(x, y)
+    }
+
+    fn dropout_forward(&self, dropout: Dropout, x: &Vec<f32>, y: &mut Vec<f32>) {
+        dropout::forward(dropout, x, y);
+    }
+
+    fn dropout_backward(&self, dropout: Dropout, dy: &Vec<f32>, dx: &mut Vec<f32>) {
+        dropout::backward(dropout, dy, dx);
     }
 
     fn matmul(&self, alpha: f32, a: Mat<Vec<f32>>, b: Mat<Vec<f32>>, beta: f32, c: MatMut<Vec<f32>>) {

@@ -1,6 +1,7 @@
 //! Loops over whole buffers: `scale`, `axpy`, sums.
 
 use super::math;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Elements that one task takes: fixed, so that no result depends on the number of threads.
@@ -33,8 +34,18 @@ pub fn copy(x: &[f32], y: &mut [f32]) {
 }
 
 pub fn sum_of_squares(x: &[f32]) -> f64 {
-    let parts: Vec<f64> = x.par_chunks(BLOCK).map(|x| math::sum_by(x, x, |x, _| x * x)).collect();
+    dot(x, x)
+}
+
+pub fn dot(x: &[f32], y: &[f32]) -> f64 {
+    assert_eq!(x.len(), y.len(), "dot: lengths");
+    let parts: Vec<f64> = x.par_chunks(BLOCK).zip(y.par_chunks(BLOCK)).map(|(x, y)| dot_block(x, y)).collect();
     parts.iter().sum()
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn dot_block(x: &[f32], y: &[f32]) -> f64 {
+    math::sum_by(x, y, |x, y| x * y)
 }
 
 pub fn sum(x: &[f32]) -> f64 {
@@ -54,6 +65,8 @@ mod tests {
         axpy(0.5, &x, &mut y);
         scale(&mut y, 2.0);
         assert_close("axpy, scale", &y, &expected, 1e-6);
+        let product: f64 = wide(&x).iter().zip(wide(&y)).map(|(x, y)| x * y).sum();
+        assert!((dot(&x, &y) / product - 1.0).abs() < 1e-5);
         let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
         assert!((sum_of_squares(&x) / squares - 1.0).abs() < 1e-6);
         assert!((sum(&x) - wide(&x).iter().sum::<f64>()).abs() < 1e-9);

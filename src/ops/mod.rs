@@ -15,10 +15,12 @@ mod adamw;
 mod attention;
 mod cpu;
 mod cross_entropy;
+mod dropout;
 mod elementwise;
 mod embedding;
 mod math;
 mod matmul;
+mod profiled;
 mod rms_norm;
 mod rope;
 mod swiglu;
@@ -27,7 +29,9 @@ pub use adamw::AdamW;
 pub use attention::AttentionShape;
 pub use cpu::Cpu;
 pub use cross_entropy::IGNORE;
+pub use dropout::Dropout;
 pub use matmul::{Mat, MatMut};
+pub use profiled::{OperationTime, Profiled};
 pub use rope::RopeShape;
 
 use crate::error::Result;
@@ -64,6 +68,13 @@ pub trait Device: Send + Sync {
     fn copy(&self, x: &Self::Buffer, y: &mut Self::Buffer);
     /// `sum x²`, in f64.
     fn sum_of_squares(&self, x: &Self::Buffer) -> f64;
+    /// `sum x · y`, in f64.
+    fn dot(&self, x: &Self::Buffer, y: &Self::Buffer) -> f64;
+
+    /// `y = x / (1 - p)` where `dropout` keeps, else 0, for the first `len(x)` elements of y.
+    fn dropout_forward(&self, dropout: Dropout, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// `dx += dy / (1 - p)` where `dropout` keeps, from the first `len(dx)` elements of dy.
+    fn dropout_backward(&self, dropout: Dropout, dy: &Self::Buffer, dx: &mut Self::Buffer);
 
     /// `c = alpha · a · b + beta · c`; with `beta` 0, `c` is not read.
     fn matmul(

@@ -2,6 +2,7 @@
 
 use super::{Report, table::Table};
 use crate::{
+    ops::OperationTime,
     tokenize,
     train::{evaluate::Evaluation, session::Summary},
 };
@@ -11,6 +12,22 @@ fn facts(title: &str, rows: Vec<(&str, String)>) -> Vec<Table> {
     let mut table = Table::new(title, &["", ""]);
     rows.into_iter().for_each(|(name, value)| table.row(vec![name.to_owned(), value]));
     vec![table]
+}
+
+/// Where the time went, what took longest first.
+fn operations(times: &[OperationTime]) -> Table {
+    let mut table = Table::new("time per operation", &["operation", "calls", "seconds", "share", "GFLOP/s"]);
+    let total: f64 = times.iter().map(|t| t.seconds).sum();
+    for t in times {
+        table.row(vec![
+            t.operation.clone(),
+            t.calls.to_string(),
+            format!("{:.3}", t.seconds),
+            format!("{:.1}%", 100.0 * t.seconds / total.max(f64::MIN_POSITIVE)),
+            t.gflops.map_or(String::new(), |g| format!("{g:.1}")),
+        ]);
+    }
+    table
 }
 
 impl Report for Summary {
@@ -31,7 +48,11 @@ impl Report for Summary {
         rows.push(("tokens/s", format!("{:.0}", self.tokens_per_s)));
         rows.push(("time", indicatif::HumanDuration(Duration::from_secs_f64(self.seconds)).to_string()));
         rows.push(("final checkpoint", self.checkpoint.display().to_string()));
-        facts(&format!("run {}", self.run.display()), rows)
+        let mut tables = facts(&format!("run {}", self.run.display()), rows);
+        if !self.operations.is_empty() {
+            tables.push(operations(&self.operations));
+        }
+        tables
     }
 }
 

@@ -2,8 +2,11 @@
 //!
 //! Key names are the official ReLoRA code's where it has them. Steps are updates of the weights.
 
-use super::schedule::Scheduler;
-use crate::error::{Error, Result};
+use super::{schedule::Scheduler, tokens::TokenCount};
+use crate::{
+    error::{Error, Result},
+    model::ProductChoice,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     fs,
@@ -28,7 +31,7 @@ pub struct Config {
     pub relora: Option<ReloraConfig>,
 }
 
-/// Exactly one of the three says where the model comes from.
+/// Exactly one of preset, config, checkpoint and warmed_up_model says where the model comes from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -38,9 +41,19 @@ pub struct ModelConfig {
     /// A `config.json`: a new model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<PathBuf>,
-    /// A Hugging Face checkpoint to go on from (official: `warmed_up_model`, `model_name_or_path`).
+    /// A Hugging Face checkpoint to start from, at update 0 (official: `model_name_or_path`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<PathBuf>,
+    /// A checkpoint of an earlier full-rank training, whose updates and tokens count: the run goes on with the next update,
+    /// under a schedule that begins there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmed_up_model: Option<PathBuf>,
+    /// Updates that `warmed_up_model` has seen; default: what its training state says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmed_up_steps: Option<u64>,
+    /// Tokens that `warmed_up_model` has seen; default: what its training state says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmed_up_tokens: Option<u64>,
     /// Replaces keys of the preset's or file's `config.json`, e.g. `vocab_size = 257`.
     #[serde(default, skip_serializing_if = "toml::Table::is_empty")]
     pub overrides: toml::Table,
@@ -91,8 +104,21 @@ pub struct TrainConfig {
     /// Passes per update.
     #[serde(default = "one")]
     pub gradient_accumulation: usize,
+    /// Windows per update: sets `gradient_accumulation` to `total_batch_size / batch_size`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_batch_size: Option<usize>,
     /// Updates in all, the warm start included.
+    #[serde(default)]
     pub num_training_steps: u64,
+    /// Tokens in all, such as `"100M"` or `"1B"`: sets `num_training_steps` to the whole updates that they allow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_train_tokens: Option<TokenCount>,
+    /// Updates (numbered as in metrics.jsonl, from 1) whose data are passed over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skip_batches: Vec<u64>,
+    /// Keep only the input of each block for backward, and run its forward again: less memory, a third more work.
+    #[serde(default)]
+    pub activation_checkpointing: bool,
     /// Highest learning rate (after the warm start).
     pub lr: f64,
     /// Shape of the learning rate.
@@ -188,6 +214,21 @@ pub struct ReloraConfig {
     pub lora_r: usize,
     /// The delta is `lora_alpha / lora_r * B A`.
     pub lora_alpha: f64,
+    /// Share of the inputs of A that is dropped while training.
+    #[serde(default)]
+    pub lora_dropout: f64,
+    /// Train the scale of every delta: `tanh(p)` instead of `lora_alpha / lora_r`, p starting at 1.
+    #[serde(default)]
+    pub train_scaling: bool,
+    /// With `train_scaling`, set p to 0 at a restart, as the official code does: with B = 0, nothing low-rank trains from there on.
+    #[serde(default)]
+    pub zero_restart_scaling: bool,
+    /// Mode `lora`: drop the original weights of the projections and train `s B A` alone, both factors drawn at random.
+    #[serde(default)]
+    pub lora_only: bool,
+    /// How products with `W + s B A` are computed: `auto`, `factored`, `formed`, `whole_gradient`.
+    #[serde(default)]
+    pub product: ProductChoice,
     /// Updates between two restarts (mode `relora`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relora: Option<u64>,
@@ -261,12 +302,47 @@ impl Config {
         }
         let here = std::path::absolute(".").map_err(|e| Error::io("find", Path::new("."), e))?;
         resolve_paths(&mut table, &here);
-        let config: Config = table.try_into().map_err(|e: toml::de::Error| {
+        let mut config: Config = table.try_into().map_err(|e: toml::de::Error| {
             Error::request(format!("'{}': {}", path.display(), one_line(&e.to_string())))
                 .help("`relora-kit train --help` lists the sections; docs/train.md every key")
         })?;
+        config.resolve()?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Turns `total_batch_size` and `max_train_tokens` into the keys that they stand for.
+    fn resolve(&mut self) -> Result<()> {
+        let t = &mut self.train;
+        if let Some(total) = t.total_batch_size.take() {
+            if t.gradient_accumulation != 1 && t.gradient_accumulation * t.batch_size != total {
+                return Err(Error::request(format!(
+                    "train.total_batch_size is {total}, but batch_size {} times gradient_accumulation {} is {}",
+                    t.batch_size,
+                    t.gradient_accumulation,
+                    t.batch_size * t.gradient_accumulation
+                ))
+                .help("leave out train.gradient_accumulation"));
+            }
+            if t.batch_size == 0 || total == 0 || total % t.batch_size != 0 {
+                return Err(Error::request(format!(
+                    "train.total_batch_size is {total}, not a multiple of train.batch_size {}",
+                    t.batch_size
+                )));
+            }
+            t.gradient_accumulation = total / t.batch_size;
+        }
+        if let Some(tokens) = t.max_train_tokens.take() {
+            let per_update = self.tokens_per_update();
+            self.train.num_training_steps = tokens.0.checked_div(per_update).unwrap_or(0);
+            if self.train.num_training_steps == 0 {
+                return Err(Error::request(format!(
+                    "train.max_train_tokens is {}, less than the {per_update} tokens of one update",
+                    tokens.0
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The file that a run keeps.
@@ -287,10 +363,20 @@ impl Config {
     fn check_ranges(&self) -> Result<()> {
         let t = &self.train;
         let m = &self.model;
-        if [m.preset.is_some(), m.config.is_some(), m.checkpoint.is_some()].iter().filter(|&&x| x).count() != 1 {
-            return Err(Error::request("[model] must have exactly one of preset, config and checkpoint"));
+        let origins = [m.preset.is_some(), m.config.is_some(), m.checkpoint.is_some(), m.warmed_up_model.is_some()];
+        if origins.iter().filter(|&&x| x).count() != 1 {
+            return Err(Error::request(
+                "[model] must have exactly one of preset, config, checkpoint and warmed_up_model",
+            ));
         }
-        if m.checkpoint.is_some() && !m.overrides.is_empty() {
+        if m.warmed_up_model.is_none() && (m.warmed_up_steps.is_some() || m.warmed_up_tokens.is_some()) {
+            return Err(Error::request("[model] warmed_up_steps and warmed_up_tokens belong to warmed_up_model"));
+        }
+        if m.warmed_up_model.is_some() && self.warm_start.is_some() {
+            return Err(Error::request("[model] warmed_up_model and [warm_start] are two ways to do the same")
+                .help("remove [warm_start]: the model is warmed up already"));
+        }
+        if (m.checkpoint.is_some() || m.warmed_up_model.is_some()) && !m.overrides.is_empty() {
             return Err(Error::request("[model] overrides are for new models: a checkpoint keeps its config.json"));
         }
         let positive = [
@@ -321,10 +407,11 @@ impl Config {
     }
 
     fn check_relora(&self) -> Result<()> {
-        let warm = self.warm_steps();
+        let warm = self.first_step();
         if warm >= self.train.num_training_steps {
+            let key = if self.warm_start.is_some() { "warm_start.num_training_steps" } else { "model.warmed_up_steps" };
             return Err(Error::request(format!(
-                "warm_start.num_training_steps {warm} leaves nothing of train.num_training_steps {}",
+                "{key} {warm} leaves nothing of train.num_training_steps {}",
                 self.train.num_training_steps
             ))
             .help("train.num_training_steps counts all updates, those of the warm start included"));
@@ -352,6 +439,20 @@ impl Config {
                 relora.lora_r, relora.lora_alpha
             )));
         }
+        if !(0.0..1.0).contains(&relora.lora_dropout) {
+            return Err(Error::request(format!(
+                "relora.lora_dropout is {}, expected 0 or more, below 1",
+                relora.lora_dropout
+            )));
+        }
+        if relora.zero_restart_scaling && !relora.train_scaling {
+            return Err(Error::request("relora.zero_restart_scaling is for relora.train_scaling"));
+        }
+        if relora.lora_only && self.train.mode == Mode::Relora {
+            return Err(Error::request(
+                "relora.lora_only is for mode lora: without weights there is nothing to merge into",
+            ));
+        }
         let (random, magnitude) = (relora.optimizer_random_pruning, relora.optimizer_magnitude_pruning);
         if !(0.0..1.0).contains(&random) || !(0.0..1.0).contains(&magnitude) || (random > 0.0 && magnitude > 0.0) {
             return Err(Error::request(format!(
@@ -361,9 +462,10 @@ impl Config {
         Ok(())
     }
 
-    /// Full-rank updates before the first cycle.
-    pub fn warm_steps(&self) -> u64 {
-        self.warm_start.as_ref().map_or(0, |w| w.num_training_steps)
+    /// Updates before the mode's own training: those of the warm start, or of the model that was warmed up before.
+    pub fn first_step(&self) -> u64 {
+        let warm = self.warm_start.as_ref().map(|w| w.num_training_steps);
+        warm.or(self.model.warmed_up_steps).unwrap_or(0)
     }
 
     /// Tokens that one update sees.
@@ -374,7 +476,14 @@ impl Config {
 
 /// Paths in a file are relative to the file, so that a run can be started from anywhere.
 fn resolve_paths(table: &mut toml::Table, folder: &Path) {
-    for (section, key) in [("model", "config"), ("model", "checkpoint"), ("data", "train"), ("data", "validation")] {
+    let paths = [
+        ("model", "config"),
+        ("model", "checkpoint"),
+        ("model", "warmed_up_model"),
+        ("data", "train"),
+        ("data", "validation"),
+    ];
+    for (section, key) in paths {
         if let Some(toml::Value::String(path)) = table.get_mut(section).and_then(|s| s.get_mut(key)) {
             *path = folder.join(&*path).to_string_lossy().into_owned();
         }
@@ -472,6 +581,15 @@ mod tests {
     }
 
     #[test]
+    fn windows_and_tokens_in_all_set_the_accumulation_and_the_updates() {
+        let config = read(RUN, &["train.total_batch_size=12", "train.max_train_tokens=1.5M"]).unwrap();
+        // 1.5e6 tokens are 1953 updates of 12 windows of 64.
+        assert_eq!((config.train.gradient_accumulation, config.train.num_training_steps), (3, 1953));
+        let back: Config = toml::from_str(&config.to_toml().unwrap()).unwrap();
+        assert_eq!((back.train.gradient_accumulation, back.train.num_training_steps), (3, 1953));
+    }
+
+    #[test]
     fn contradictions_are_refused_in_one_sentence() {
         for (set, expected) in [
             ("train.learning_rate=1", "unknown field `learning_rate`"),
@@ -484,7 +602,14 @@ mod tests {
             ("relora.relora=0", "mode relora needs relora.relora"),
             ("relora.relora=50", "not a multiple of cycle_length 50"),
             ("warm_start.num_training_steps=160", "leaves nothing"),
-            ("model.config=x.json", "exactly one of preset, config and checkpoint"),
+            ("model.config=x.json", "exactly one of preset, config, checkpoint and warmed_up_model"),
+            ("model.warmed_up_steps=3", "belong to warmed_up_model"),
+            ("train.total_batch_size=10", "not a multiple of train.batch_size 4"),
+            ("train.max_train_tokens=100", "less than the 256 tokens of one update"),
+            ("train.max_train_tokens=many", "a number of tokens"),
+            ("relora.lora_dropout=1", "relora.lora_dropout is 1"),
+            ("relora.lora_only=true", "relora.lora_only is for mode lora"),
+            ("relora.zero_restart_scaling=true", "is for relora.train_scaling"),
             ("relora.optimizer_magnitude_pruning=1.5", "expected shares below 1"),
             ("lr", "not of the form section.key=value"),
         ] {

@@ -10,14 +10,16 @@ use crate::{
     error::{Error, Result},
     model::{LlamaConfig, Model},
     ops::Device,
+    progress::Progress,
     run::{Hashed, sha256_file},
 };
-use std::collections::BTreeMap;
+use serde::Deserialize;
+use std::{collections::BTreeMap, fs};
 
 /// The model that update 1 starts from.
 pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Model<D>> {
     let m = &config.model;
-    if let Some(path) = &m.checkpoint {
+    if let Some(path) = m.checkpoint.as_ref().or(m.warmed_up_model.as_ref()) {
         return Model::load(device, &Checkpoint::open(path)?);
     }
     let json = match (&m.preset, &m.config) {
@@ -28,10 +30,43 @@ pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Mod
             })?
             .to_json(),
         (None, Some(path)) => LlamaConfig::from_json(path)?.to_json(),
-        (None, None) => return Err(Error::request("[model] names neither preset, config nor checkpoint")),
+        (None, None) => return Err(Error::request("[model] names no origin of the model")),
     };
     let llama = override_keys(json, &m.overrides)?;
     Model::init(device, llama, config.train.seed)
+}
+
+/// Updates and tokens that `warmed_up_model` has seen, from the training state in its folder: ours, or the official code's
+/// `training_state.json`. Without either, both count from 0, with a warning.
+pub(super) fn resolve_warm_up(config: &mut Config, progress: &Progress) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Counts {
+        #[serde(alias = "update_step")]
+        step: u64,
+        #[serde(default, alias = "tokens_seen")]
+        tokens: u64,
+    }
+    let m = &mut config.model;
+    let Some(folder) = m.warmed_up_model.clone() else { return Ok(()) };
+    if m.warmed_up_steps.is_none() {
+        let files = ["training_state/state.json", "training_state.json"].map(|name| folder.join(name));
+        match files.iter().find(|f| f.exists()) {
+            Some(path) => {
+                let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+                let counts: Counts = serde_json::from_slice(&bytes).map_err(|e| {
+                    Error::request(format!("'{}' is not a training state: {e}", path.display()))
+                        .help("say with [model] warmed_up_steps how many updates the model has seen")
+                })?;
+                m.warmed_up_steps = Some(counts.step);
+                m.warmed_up_tokens = m.warmed_up_tokens.or(Some(counts.tokens));
+            }
+            None => progress.warn(&format!(
+                "'{}' has no training state; updates and tokens count from 0 (see [model] warmed_up_steps)",
+                folder.display()
+            )),
+        }
+    }
+    config.check()
 }
 
 /// Sizes that follow from others are derived anew, unless they are given, too.

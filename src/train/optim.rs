@@ -6,7 +6,7 @@ use super::{
     tokens::mix,
 };
 use crate::{
-    model::{Model, ParamKind},
+    model::Model,
     ops::{AdamW, Device},
 };
 use std::collections::BTreeMap;
@@ -70,11 +70,11 @@ impl<D: Device> Optimizer<D> {
         self.moments.retain(|name, _| trained.contains(&name.as_str()));
     }
 
-    /// Treats the moments of A and B at a restart, as `config` says. `seed` differs at every restart.
+    /// Treats the moments of A and B (and of trained scalings) at a restart, as `config` says. `seed` differs at every restart.
     pub fn prune_lora(&mut self, model: &Model<D>, config: &ReloraConfig, seed: u64) {
         let device = model.device();
         for (i, param) in model.params().iter().enumerate() {
-            if !matches!(param.kind, ParamKind::LoraA | ParamKind::LoraB) {
+            if !param.kind.is_lora() {
                 continue;
             }
             let Some(moments) = self.moments.get_mut(&param.name) else { continue };

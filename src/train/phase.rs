@@ -44,7 +44,7 @@ impl Config {
     /// The parts of the run, in order: an optional warm start, then the mode's own training.
     pub fn phases(&self) -> Vec<Phase> {
         let t = &self.train;
-        let warm = self.warm_steps();
+        let warm = self.first_step();
         let main_steps = t.num_training_steps - warm;
         let mut phases = Vec::new();
         if let Some(w) = &self.warm_start {

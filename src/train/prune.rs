@@ -81,6 +81,11 @@ mod tests {
         let config = |mask| ReloraConfig {
             lora_r: 1,
             lora_alpha: 1.0,
+            lora_dropout: 0.0,
+            train_scaling: false,
+            zero_restart_scaling: false,
+            lora_only: false,
+            product: Default::default(),
             relora: Some(1),
             reset_optimizer_on_relora: true,
             optimizer_random_pruning: 0.0,

@@ -3,18 +3,18 @@
 use super::{
     config::{Config, Mode},
     evaluate::{Evaluation, evaluate},
-    inputs::{hash_data, initial_model, open_validation},
+    inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, Metrics, UpdateRow},
     state,
     tokens::{TokenShard, Windows},
-    trainer::{Trainer, Update},
+    trainer::{Trainer, Update, UpdateOutcome},
 };
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     interrupt,
     model::Model,
-    ops::Device,
+    ops::{Device, OperationTime},
     progress::Progress,
     run::{BaseRecord, CheckpointRecord, CycleRecord, Manifest, RunDir, sha256_folder},
     staged::{self, StagedDir},
@@ -51,6 +51,9 @@ pub struct Summary {
     pub skipped: u64,
     /// The final checkpoint.
     pub checkpoint: PathBuf,
+    /// Where the time went, if that was asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub operations: Vec<OperationTime>,
 }
 
 /// A run in progress.
@@ -68,11 +71,12 @@ pub struct Session<D: Device> {
 
 impl<D: Device> Session<D> {
     /// Starts a run in `dir`, which must not exist. Everything is checked before the folder is created.
-    pub fn create(device: D, config: Config, dir: &Path, progress: &Progress) -> Result<Session<D>> {
+    pub fn create(device: D, mut config: Config, dir: &Path, progress: &Progress) -> Result<Session<D>> {
         if dir.symlink_metadata().is_ok() {
             return Err(Error::request(format!("run directory '{}' exists already", dir.display()))
                 .help(format!("choose another, or go on with: relora-kit train --resume {}", dir.display())));
         }
+        resolve_warm_up(&mut config, progress)?;
         let shard = TokenShard::open(&config.data.train)?;
         let model = initial_model(device, &config)?;
         let trainer = Trainer::new(config.clone(), model, shard)?;
@@ -96,6 +100,38 @@ impl<D: Device> Session<D> {
         staged.commit()?;
         let metrics = Metrics::open(&dir.metrics_path(), 0)?;
         Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
+    }
+
+    /// [`Session::create`], or [`Session::resume`] if the run exists and has this configuration. `None`: it is finished.
+    pub fn create_or_resume(
+        device: D,
+        mut config: Config,
+        dir: &Path,
+        progress: &Progress,
+    ) -> Result<Option<Session<D>>> {
+        if dir.symlink_metadata().is_err() {
+            return Session::create(device, config, dir, progress).map(Some);
+        }
+        let run = RunDir(dir.to_owned());
+        let manifest = run.manifest()?;
+        resolve_warm_up(&mut config, &Progress::hidden())?;
+        let (wanted, found) = (config.to_toml()?, Config::read(&run.config_path(), &[])?.to_toml()?);
+        let line = |text: &str, at: usize| text.lines().nth(at).unwrap_or("nothing").to_owned();
+        if let Some(at) =
+            (0..wanted.lines().count().max(found.lines().count())).find(|&at| line(&wanted, at) != line(&found, at))
+        {
+            return Err(Error::request(format!(
+                "run '{}' has another configuration: '{}' instead of '{}'",
+                dir.display(),
+                line(&found, at),
+                line(&wanted, at)
+            ))
+            .help(format!("choose another run directory, or go on as it is with --resume {}", dir.display())));
+        }
+        match manifest.finished {
+            true => Ok(None),
+            false => Session::resume(device, dir, progress).map(Some),
+        }
     }
 
     /// Goes on with the run in `dir`, from its newest checkpoint.
@@ -174,10 +210,12 @@ impl<D: Device> Session<D> {
                 "loss {:.4} lr {:.2e} {:.0} tokens/s cycle {}",
                 row.loss, row.lr, row.tokens_per_s, row.cycle
             ));
-            self.losses.push(update.loss);
-            if !update.applied {
-                self.progress
-                    .warn(&format!("step {}: loss or gradient is not finite; the update was skipped", row.step));
+            match update.outcome {
+                UpdateOutcome::Applied => self.losses.push(update.loss),
+                UpdateOutcome::PassedOver => {}
+                UpdateOutcome::NotFinite => self
+                    .progress
+                    .warn(&format!("step {}: loss or gradient is not finite; the update was skipped", row.step)),
             }
             if !self.progress.is_visible() && (row.step % log_every == 0 || row.step == first + 1) {
                 self.progress.info(&format!("step {}/{total} {}", row.step, bar.message()));
@@ -204,11 +242,11 @@ impl<D: Device> Session<D> {
             loss: update.loss,
             lr: update.lr,
             grad_norm: update.grad_norm,
-            tokens: self.trainer.step * per_update,
+            tokens: self.trainer.tokens_after(self.trainer.step),
             tokens_per_s: per_update as f64 / seconds,
             cycle,
             restarts: cycle.saturating_sub(1),
-            skipped: !update.applied,
+            skipped: update.outcome != UpdateOutcome::Applied,
         };
         self.metrics.write(&row)?;
         Ok((row, update))
@@ -236,6 +274,7 @@ impl<D: Device> Session<D> {
     }
 
     fn start_cycles(&mut self) -> Result<()> {
+        self.trainer.drop_weights_if_lora_only();
         let staged = StagedDir::create(&self.dir.base_path(), true)?;
         state::save_model(&self.trainer.model, staged.path())?;
         staged.commit()?;
@@ -335,7 +374,7 @@ impl<D: Device> Session<D> {
             mode: self.trainer.config().train.mode,
             steps: self.trainer.step,
             cycles,
-            tokens: self.trainer.step * self.trainer.config().tokens_per_update(),
+            tokens: self.trainer.tokens_after(self.trainer.step),
             loss: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
             evaluation,
             seconds: self.started.elapsed().as_secs_f64(),
@@ -343,6 +382,7 @@ impl<D: Device> Session<D> {
             skipped: self.trainer.skipped,
             checkpoint: self.dir.0.join(RunDir::checkpoint_folder(self.trainer.step)),
             run: self.dir.0,
+            operations: Vec::new(),
         })
     }
 

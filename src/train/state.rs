@@ -34,6 +34,9 @@ struct Counters {
     cycle: u64,
     cycle_start: u64,
     skipped: u64,
+    /// Seen so far.
+    #[serde(default)]
+    tokens: u64,
     /// Whether A and B exist.
     low_rank: bool,
     /// Updates since the bias correction began, by parameter.
@@ -42,7 +45,7 @@ struct Counters {
 
 /// Writes the model as a Hugging Face folder, the current delta merged.
 pub fn save_model<D: Device>(model: &Model<D>, folder: &Path) -> Result<()> {
-    let stored = || model.params().iter().filter(|p| !matches!(p.kind, ParamKind::LoraA | ParamKind::LoraB));
+    let stored = || model.params().iter().filter(|p| !p.kind.is_lora());
     let specs: Vec<TensorSpec> =
         stored().map(|p| TensorSpec { name: p.name.clone(), dtype: Dtype::F32, shape: p.shape.clone() }).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -68,12 +71,13 @@ fn add_delta<D: Device>(model: &Model<D>, name: &str, shape: &[usize], values: &
     let b = ArrayView2::from_shape((out, r), &b);
     let w = ArrayViewMut2::from_shape((out, inputs), values);
     if let (Ok(a), Ok(b), Ok(mut w)) = (a, b, w) {
-        general_mat_mul(spec.scaling as f32, &b, &a, 1.0, &mut w);
+        general_mat_mul(model.scaling_of(module) as f32, &b, &a, 1.0, &mut w);
     }
 }
 
 /// Writes A and B of the current cycle as a PEFT adapter, and along with them the parameters that are trained in full, as
-/// they are at its end: the base with all cycles merged is the final checkpoint.
+/// they are at its end: the base with all cycles merged is the final checkpoint. A trained scaling goes into B, so that PEFT
+/// merges the same delta with `lora_alpha / r`.
 pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: &Path) -> Result<()> {
     let spec = model.lora().ok_or_else(|| Error::request("the model has no low-rank factors to save"))?;
     let mut factors = Vec::new();
@@ -81,7 +85,8 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
         let module = a.name.trim_end_matches(".lora_A.weight");
         let b = model.param(&format!("{module}.lora_B.weight"));
         let b = b.ok_or_else(|| Error::request(format!("'{module}' has lora_A but no lora_B")))?;
-        factors.push((module, a.shape[1], b.shape[0], model.device().read(&a.value), model.device().read(&b.value)));
+        let scaled_b = model.scaled_b(module).unwrap_or_else(|| model.device().read(&b.value));
+        factors.push((module, a.shape[1], b.shape[0], model.device().read(&a.value), scaled_b));
     }
     let mut targets: Vec<&str> = factors.iter().filter_map(|f| f.0.rsplit('.').next()).collect();
     targets.sort_unstable();
@@ -122,6 +127,7 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
         cycle: trainer.cycle,
         cycle_start: trainer.cycle_start,
         skipped: trainer.skipped,
+        tokens: trainer.tokens_after(trainer.step),
         low_rank: model.lora().is_some(),
         adam_steps: trainer.optimizer.moments.iter().map(|(name, m)| (name.clone(), m.t)).collect(),
     };

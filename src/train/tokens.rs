@@ -7,6 +7,7 @@ use crate::{
     checkpoint::{Dtype, TensorFile},
     error::{Error, Result},
 };
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::Path;
 
 /// Name of the tensor in a token shard.
@@ -15,6 +16,35 @@ pub const TENSOR: &str = "tokens";
 pub const TOKENIZER: &str = "tokenizer";
 /// Metadata key: ids are below this number.
 pub const VOCAB_SIZE: &str = "vocab_size";
+
+/// A number of tokens, written as a number or with a suffix: `100M`, `1.5B`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TokenCount(pub u64);
+
+impl<'de> Deserialize<'de> for TokenCount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(u64),
+            Text(String),
+        }
+        let wrong = || serde::de::Error::custom("expected a number of tokens, such as 100000, \"100M\" or \"1.5B\"");
+        match Written::deserialize(deserializer).map_err(|_| wrong())? {
+            Written::Number(n) => Ok(TokenCount(n)),
+            Written::Text(text) => {
+                let unit =
+                    [('K', 1e3), ('M', 1e6), ('B', 1e9), ('T', 1e12)].into_iter().find(|(c, _)| text.ends_with(*c));
+                let number = unit.map_or(&*text, |(c, _)| text.trim_end_matches(c));
+                let value: f64 = number.trim().parse().map_err(|_| wrong())?;
+                if !(value >= 0.0 && value.is_finite()) {
+                    return Err(wrong());
+                }
+                Ok(TokenCount((value * unit.map_or(1.0, |u| u.1)).round() as u64))
+            }
+        }
+    }
+}
 
 /// An open token shard.
 pub struct TokenShard {

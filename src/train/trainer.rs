@@ -10,7 +10,6 @@ use super::{
     tokens::{TokenShard, Windows, mix},
 };
 use crate::{
-    adapter::config::scaling,
     error::{Error, Result},
     model::{LoraSpec, Model, ParamKind},
     ops::Device,
@@ -46,8 +45,19 @@ pub struct Update {
     pub lr: f64,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// False if loss or gradient were not finite: the weights are as before.
-    pub applied: bool,
+    /// Whether the weights moved.
+    pub outcome: UpdateOutcome,
+}
+
+/// What became of an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UpdateOutcome {
+    /// The weights moved.
+    Applied,
+    /// Loss or gradient were not finite: the weights are as before.
+    NotFinite,
+    /// One of `skip_batches`: its data were not looked at, loss and gradient are NaN.
+    PassedOver,
 }
 
 /// The share of skipped updates above which training stops, as in the official code.
@@ -84,6 +94,7 @@ impl<D: Device> Trainer<D> {
         let seed = config.data.shuffle.then_some(config.train.seed);
         let (windows, _) = Windows::split(&shard, config.data.max_length, seed, held_out)?;
         let phases = config.phases();
+        let step = config.model.warmed_up_steps.unwrap_or(0);
         let mut trainer = Trainer {
             config,
             phases,
@@ -91,13 +102,14 @@ impl<D: Device> Trainer<D> {
             optimizer: Optimizer::new(),
             shard,
             windows,
-            step: 0,
+            step,
             cycle: 0,
             cycle_start: 0,
             skipped: 0,
             tokens: Vec::new(),
         };
         trainer.model.set_trainable(|_| true);
+        trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
         Ok(trainer)
     }
 
@@ -109,6 +121,13 @@ impl<D: Device> Trainer<D> {
     /// The data.
     pub fn shard(&self) -> &TokenShard {
         &self.shard
+    }
+
+    /// Tokens seen after `step` updates, those of a model that was warmed up before included.
+    pub fn tokens_after(&self, step: u64) -> u64 {
+        let before = &self.config.model;
+        let own = (step - before.warmed_up_steps.unwrap_or(0)) * self.config.tokens_per_update();
+        before.warmed_up_tokens.unwrap_or(0) + own
     }
 
     /// Whether all updates are made.
@@ -132,12 +151,25 @@ impl<D: Device> Trainer<D> {
         next.unwrap_or(&self.phases[self.phases.len() - 1])
     }
 
+    /// Drops the weights of the projections, if the configuration wants `s B A` alone. Call before the base is saved.
+    pub fn drop_weights_if_lora_only(&mut self) {
+        if self.config.relora.as_ref().is_some_and(|r| r.lora_only) {
+            let (device, params) = self.model.device_and_params_mut();
+            for p in params.iter_mut().filter(|p| p.kind == ParamKind::Linear) {
+                device.fill(&mut p.value, 0.0);
+            }
+        }
+    }
+
     /// Freezes the projections and begins the first cycle.
     pub fn start_cycles(&mut self) -> Result<()> {
         let spec = self.lora_spec()?;
         self.model.add_lora(spec);
         self.model.set_trainable(|kind| *kind != ParamKind::Linear);
         self.model.reset_lora(self.cycle_seed(1));
+        if self.config.relora.as_ref().is_some_and(|r| r.lora_only) {
+            self.model.draw_b(self.cycle_seed(1));
+        }
         if self.config.relora.as_ref().is_some_and(|r| r.zero_initial_a) {
             let (device, params) = self.model.device_and_params_mut();
             for p in params.iter_mut().filter(|p| p.kind == ParamKind::LoraA) {
@@ -157,6 +189,11 @@ impl<D: Device> Trainer<D> {
         self.cycle_start = self.step;
         self.model.reset_lora(self.cycle_seed(self.cycle));
         if let Some(relora) = &self.config.relora {
+            if relora.zero_restart_scaling {
+                let (device, params) = self.model.device_and_params_mut();
+                let scalings = params.iter_mut().filter(|p| p.kind == ParamKind::LoraScaling);
+                scalings.for_each(|p| device.fill(&mut p.value, 0.0));
+            }
             self.optimizer.prune_lora(&self.model, relora, self.cycle_seed(self.cycle));
         }
     }
@@ -172,9 +209,15 @@ impl<D: Device> Trainer<D> {
         let t = &self.config.train;
         let (batch, accumulation, len) = (t.batch_size, t.gradient_accumulation, self.config.data.max_length);
         let mut sample = self.step * (batch * accumulation) as u64;
+        let lr = self.phase().lr_after(self.step);
+        if t.skip_batches.contains(&(self.step + 1)) {
+            self.step += 1;
+            return Ok(Update { loss: f64::NAN, lr, grad_norm: f64::NAN, outcome: UpdateOutcome::PassedOver });
+        }
         let mut loss = 0.0;
         self.model.zero_grad();
-        for _ in 0..accumulation {
+        for pass in 0..accumulation {
+            self.model.set_dropout_key(mix(t.seed ^ mix(self.step ^ mix(pass as u64))));
             self.tokens.clear();
             self.windows.read(&self.shard, sample, batch, &mut self.tokens)?;
             loss += self.model.forward_backward(&self.tokens, batch, len, 1.0 / accumulation as f32)?;
@@ -182,7 +225,6 @@ impl<D: Device> Trainer<D> {
         }
         loss /= accumulation as f64;
 
-        let lr = self.phase().lr_after(self.step);
         let grad_norm = Optimizer::grad_norm(&self.model);
         let applied = loss.is_finite() && grad_norm.is_finite();
         if applied {
@@ -201,14 +243,19 @@ impl<D: Device> Trainer<D> {
             ))
             .help("lower train.lr or lengthen train.restart_warmup_steps, and resume from the last checkpoint"));
         }
-        Ok(Update { loss, lr, grad_norm, applied })
+        let outcome = if applied { UpdateOutcome::Applied } else { UpdateOutcome::NotFinite };
+        Ok(Update { loss, lr, grad_norm, outcome })
     }
 
     /// Rank and scale of the delta, from the configuration.
     pub fn lora_spec(&self) -> Result<LoraSpec> {
         let relora = self.config.relora.as_ref().ok_or_else(|| Error::request("mode full has no cycles"))?;
-        let scaling = scaling(relora.lora_alpha, relora.lora_r, false);
-        Ok(LoraSpec { r: relora.lora_r, lora_alpha: relora.lora_alpha, scaling, dropout: 0.0 })
+        Ok(LoraSpec {
+            dropout: relora.lora_dropout,
+            train_scaling: relora.train_scaling,
+            product: relora.product,
+            ..LoraSpec::new(relora.lora_r, relora.lora_alpha)
+        })
     }
 
     fn cycle_seed(&self, cycle: u64) -> u64 {

@@ -1,0 +1,111 @@
+//! Dropout whose mask is a function of a key and the element's index: the same in forward, in a forward that is run
+//! again, in backward and after a resume, on any number of threads, and never stored.
+
+use super::elementwise::BLOCK;
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+/// Which elements are dropped: each with probability `p`; the others are divided by `1 - p`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Below 1.
+    pub p: f32,
+    /// Other keys drop other elements.
+    pub key: u64,
+}
+
+impl Dropout {
+    /// The same probability, another mask.
+    pub fn fork(self, n: u64) -> Dropout {
+        let mixed = (self.key ^ n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xd134_2543_de82_ef95);
+        Dropout { key: mixed ^ (mixed >> 29), ..self }
+    }
+
+    fn threshold(self) -> u32 {
+        (f64::from(self.p) * f64::from(1u32 << 31) * 2.0) as u32
+    }
+}
+
+/// Two rounds of Wellons' `lowbias32` (a bijection of 32 bits), one half of the key before each.
+#[inline(always)]
+fn hash(i: u32, key: u64) -> u32 {
+    #[inline(always)]
+    fn round(mut x: u32) -> u32 {
+        x ^= x >> 16;
+        x = x.wrapping_mul(0x7feb_352d);
+        x ^= x >> 15;
+        x = x.wrapping_mul(0x846c_a68b);
+        x ^ (x >> 16)
+    }
+    round(round(i.wrapping_add(key as u32)) ^ (key >> 32) as u32)
+}
+
+/// The first `x.len()` elements of y.
+pub fn forward(dropout: Dropout, x: &[f32], y: &mut [f32]) {
+    let blocks = y[..x.len()].par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).enumerate();
+    blocks.for_each(|(i, (y, x))| forward_block(dropout, i * BLOCK, x, y));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn forward_block(dropout: Dropout, first: usize, x: &[f32], y: &mut [f32]) {
+    let (threshold, factor) = (dropout.threshold(), 1.0 / (1.0 - dropout.p));
+    for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+        let keep = hash((first + i) as u32, dropout.key) >= threshold;
+        *y = if keep { x * factor } else { 0.0 };
+    }
+}
+
+/// `dx += dy / (1 - p)` where kept; the first `dx.len()` elements of dy.
+pub fn backward(dropout: Dropout, dy: &[f32], dx: &mut [f32]) {
+    let blocks = dx.par_chunks_mut(BLOCK).zip(dy.par_chunks(BLOCK)).enumerate();
+    blocks.for_each(|(i, (dx, dy))| backward_block(dropout, i * BLOCK, dy, dx));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn backward_block(dropout: Dropout, first: usize, dy: &[f32], dx: &mut [f32]) {
+    let (threshold, factor) = (dropout.threshold(), 1.0 / (1.0 - dropout.p));
+    for (i, (dx, dy)) in dx.iter_mut().zip(dy).enumerate() {
+        let keep = hash((first + i) as u32, dropout.key) >= threshold;
+        *dx += if keep { dy * factor } else { 0.0 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::noise;
+
+    #[test]
+    fn the_share_that_is_dropped_is_p_and_neighbours_are_independent() {
+        let n = 1 << 20;
+        let dropout = Dropout { p: 0.1, key: 7 };
+        let mut y = vec![9.0; n];
+        forward(dropout, &vec![1.0; n], &mut y);
+        let dropped: Vec<bool> = y.iter().map(|y| *y == 0.0).collect();
+        assert!(y.iter().all(|y| *y == 0.0 || (*y - 1.0 / 0.9).abs() < 1e-6));
+        let count = dropped.iter().filter(|d| **d).count() as f64;
+        // Binomial: standard deviations 307 and 102.
+        assert!((count - 0.1 * n as f64).abs() < 5.0 * 307.0, "{count}");
+        for lag in [1, 64, 4096] {
+            let both = dropped.iter().zip(&dropped[lag..]).filter(|(a, b)| **a && **b).count() as f64;
+            assert!((both - 0.01 * n as f64).abs() < 5.0 * 102.0, "{lag}: {both}");
+        }
+        let mut other = vec![0.0; n];
+        forward(dropout.fork(1), &vec![1.0; n], &mut other);
+        let both = y.iter().zip(&other).filter(|(a, b)| **a == 0.0 && **b == 0.0).count() as f64;
+        assert!((both - 0.01 * n as f64).abs() < 5.0 * 102.0, "{both}");
+    }
+
+    #[test]
+    fn backward_drops_what_forward_dropped() {
+        let n = BLOCK + 17;
+        let dropout = Dropout { p: 0.4, key: 3 };
+        let (dy, start) = (noise(1, n + 5), noise(2, n));
+        let (mut mask, mut dx) = (vec![0.0; n + 5], start.clone());
+        forward(dropout, &vec![1.0; n], &mut mask);
+        backward(dropout, &dy, &mut dx);
+        for i in 0..n {
+            assert!((dx[i] - (start[i] + mask[i] * dy[i])).abs() < 1e-6, "{i}");
+        }
+    }
+}

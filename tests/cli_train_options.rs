@@ -1,0 +1,185 @@
+//! `train`: the options of the official trainer, on the tiny run.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{refused, run, small_run::SmallRun};
+use serde_json::Value;
+use std::{fs, path::Path};
+
+/// Starts `run.toml` with these keys set into the folder `output`.
+fn train(small: &SmallRun, output: &str, set: &[&str], more: &[&str]) -> (i32, String, String) {
+    let (config, output) = (small.path("run.toml"), small.path(output));
+    let mut args = vec!["train".to_owned(), "--config".into(), config.display().to_string()];
+    args.extend(["-o".to_owned(), output.display().to_string()]);
+    args.extend(set.iter().flat_map(|s| ["--set".to_owned(), (*s).to_owned()]));
+    args.extend(more.iter().map(|s| (*s).to_owned()));
+    run(args)
+}
+
+#[track_caller]
+fn trained(small: &SmallRun, output: &str, set: &[&str], more: &[&str]) -> String {
+    let (code, stdout, stderr) = train(small, output, set, more);
+    assert_eq!(code, 0, "{stderr}");
+    stdout
+}
+
+fn rows(run: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// What must repeat bit for bit.
+fn losses(run: &Path) -> Vec<String> {
+    rows(run).iter().filter(|r| r.get("loss").is_some()).map(|r| format!("{} {}", r["step"], r["loss"])).collect()
+}
+
+fn model(run: &Path, step: u64) -> Vec<u8> {
+    fs::read(run.join(format!("checkpoints/step-{step}/model.safetensors"))).unwrap()
+}
+
+/// As if the process had died after the checkpoint of `step`.
+fn die_after(run: &Path, step: u64) {
+    for entry in fs::read_dir(run.join("checkpoints")).unwrap() {
+        let path = entry.unwrap().path();
+        let at: u64 = path.file_name().unwrap().to_str().unwrap().trim_start_matches("step-").parse().unwrap();
+        if at > step {
+            fs::remove_dir_all(path).unwrap();
+        }
+    }
+    let manifest = run.join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"finished\": true", "\"finished\": false")).unwrap();
+}
+
+const EVERYTHING: [&str; 4] = [
+    "relora.lora_dropout=0.2",
+    "relora.train_scaling=true",
+    "train.activation_checkpointing=true",
+    "train.save_every=7",
+];
+
+#[test]
+fn dropout_and_trained_scalings_resume_bit_for_bit_and_verify() {
+    let small = SmallRun::new(3);
+    trained(&small, "whole", &EVERYTHING, &[]);
+    let whole = small.path("whole");
+    let (expected, final_model) = (losses(&whole), model(&whole, 40));
+    die_after(&whole, 21);
+    let (code, _, stderr) = run(["train".as_ref(), "--resume".as_ref(), whole.as_os_str()]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("after update 21"), "{stderr}");
+    assert_eq!(losses(&whole), expected);
+    assert!(model(&whole, 40) == final_model);
+    // The stored cycles hold the trained scalings: base and cycles add up.
+    let (code, stdout, stderr) = run(["verify".as_ref(), whole.as_os_str()]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+}
+
+#[test]
+fn activation_checkpointing_and_threads_change_no_bit() {
+    let small = SmallRun::new(1);
+    trained(&small, "plain", &["relora.lora_dropout=0.2"], &["--threads", "1"]);
+    let checkpointing = ["relora.lora_dropout=0.2", "train.activation_checkpointing=true"];
+    trained(&small, "checkpointing", &checkpointing, &["--threads", "2"]);
+    assert_eq!(losses(&small.path("plain")), losses(&small.path("checkpointing")));
+}
+
+#[test]
+fn a_scaling_of_zero_after_a_restart_leaves_the_second_cycle_dead() {
+    let small = SmallRun::new(2);
+    let zero = ["relora.train_scaling=true", "relora.zero_restart_scaling=true"];
+    trained(&small, "run", &zero, &[]);
+    let tensors = |cycle: &str| {
+        let path = small.path(&format!("run/cycles/{cycle}/adapter_model.safetensors"));
+        let file = relora_kit::checkpoint::TensorFile::open(&path).unwrap();
+        let b = file.tensors().filter(|t| t.name().contains("lora_B"));
+        b.flat_map(|t| t.to_f32().unwrap().into_owned()).collect::<Vec<f32>>()
+    };
+    assert!(tensors("cycle-001").iter().any(|b| *b != 0.0));
+    assert!(tensors("cycle-002").iter().all(|b| *b == 0.0), "B = 0 and tanh(0) = 0 have no gradient");
+}
+
+#[test]
+fn a_model_warmed_up_before_goes_on_with_its_counters() {
+    let small = SmallRun::new(3);
+    trained(&small, "one", &["train.save_every=10"], &[]);
+    let text = fs::read_to_string(small.path("run.toml")).unwrap();
+    let (head, tail) = (text.split("[warm_start]").next().unwrap(), text.split("[relora]").nth(1).unwrap());
+    let origin = text.split("[data]").next().unwrap();
+    let warmed = small.path("one/checkpoints/step-10");
+    let head = head.replace(origin, &format!("[model]\nwarmed_up_model = {:?}\n", warmed.display()));
+    fs::write(small.path("run.toml"), format!("{head}[relora]{tail}")).unwrap();
+    trained(&small, "two", &[], &[]);
+    // The moments of the warm start are gone, so losses differ from the second update on.
+    let (one, two) = (rows(&small.path("one")), rows(&small.path("two")));
+    assert_eq!(two.len(), 30);
+    for key in ["step", "tokens", "lr", "loss", "cycle"] {
+        assert_eq!(two[0][key], one[10][key], "{key}");
+    }
+    assert_eq!(two[29]["lr"], one[39]["lr"]);
+
+    fs::remove_dir_all(warmed.join("training_state")).unwrap();
+    let (code, _, stderr) = train(&small, "three", &["train.num_training_steps=20"], &[]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("count from 0"), "{stderr}");
+    assert_eq!(rows(&small.path("three"))[0]["step"], 1);
+    let steps = "model.warmed_up_steps=40";
+    let (code, _, stderr) = train(&small, "four", &[steps], &[]);
+    assert!(code == 2 && stderr.contains("model.warmed_up_steps 40 leaves nothing"), "{stderr}");
+}
+
+#[test]
+fn skipped_batches_change_nothing_and_are_marked() {
+    let small = SmallRun::new(1);
+    trained(&small, "run", &["train.skip_batches=[3, 4]"], &[]);
+    let rows = rows(&small.path("run"));
+    let skipped: Vec<u64> = rows.iter().filter(|r| r["skipped"] == true).map(|r| r["step"].as_u64().unwrap()).collect();
+    assert_eq!(skipped, [3, 4]);
+    assert!(rows[2]["loss"].is_null());
+}
+
+#[test]
+fn autoresume_starts_goes_on_or_has_nothing_to_do() {
+    let small = SmallRun::new(2);
+    let set = ["train.save_every=8"];
+    trained(&small, "run", &set, &["--autoresume"]);
+    let run_dir = small.path("run");
+    let expected = losses(&run_dir);
+    die_after(&run_dir, 16);
+    let (code, _, stderr) = train(&small, "run", &set, &["--autoresume"]);
+    assert!(code == 0 && stderr.contains("after update 16"), "{stderr}");
+    assert_eq!(losses(&run_dir), expected);
+    let (code, _, stderr) = train(&small, "run", &set, &["--autoresume"]);
+    assert!(code == 0 && stderr.contains("is finished"), "{stderr}");
+    let args = ["train", "--config", &small.path("run.toml").display().to_string(), "--autoresume"].map(str::to_owned);
+    let more = ["-o".to_owned(), run_dir.display().to_string(), "--set".into(), "train.lr=0.5".into()];
+    refused(args.into_iter().chain(more), 2, &["another configuration", "lr = 0.5", "--resume"]);
+}
+
+#[test]
+fn a_profile_shows_operations_and_leaves_a_trace() {
+    let small = SmallRun::new(1);
+    let stdout = trained(&small, "run", &[], &["--profile", "--format", "json"]);
+    let summary: Value = serde_json::from_str(&stdout).unwrap();
+    let operations = summary["operations"].as_array().unwrap();
+    let adamw = operations.iter().find(|o| o["operation"] == "adamw").unwrap();
+    assert!(adamw["calls"].as_u64().unwrap() > 20);
+    assert!(operations.iter().any(|o| o["gflops"].as_f64().is_some_and(|g| g > 0.0)));
+    let trace: Value = serde_json::from_slice(&fs::read(small.path("run/profile.json")).unwrap()).unwrap();
+    assert!(trace["traceEvents"].as_array().unwrap().len() > 1000);
+}
+
+#[test]
+fn factors_alone_train_without_the_weights() {
+    let small = SmallRun::new(1);
+    let text = fs::read_to_string(small.path("run.toml")).unwrap();
+    let text = text.replace("mode = \"relora\"", "mode = \"lora\"").replace("relora = 10\n", "lora_only = true\n");
+    fs::write(small.path("run.toml"), text).unwrap();
+    trained(&small, "run", &[], &[]);
+    let base = relora_kit::checkpoint::Checkpoint::open(&small.path("run/base")).unwrap();
+    let q = base.tensor("model.layers.0.self_attn.q_proj.weight").unwrap().to_f32().unwrap().into_owned();
+    assert!(q.iter().all(|x| *x == 0.0));
+    let (code, stdout, stderr) = run(["verify".as_ref(), small.path("run").as_os_str()]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+}
