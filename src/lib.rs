@@ -10,10 +10,12 @@ pub mod threads;
 
 pub mod adapter;
 pub mod checkpoint;
+pub mod convert;
 pub mod delta;
 pub mod diff;
 pub mod inspect;
 pub mod merge;
+pub mod pickle;
 pub mod run;
 pub mod spectrum;
 pub mod verify;

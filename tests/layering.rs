@@ -17,9 +17,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("staged", &[]),
     ("threads", &[]),
     ("checkpoint", &[]),
-    ("adapter", &["checkpoint"]),
+    ("pickle", &["checkpoint"]),
+    ("adapter", &["checkpoint", "pickle"]),
     ("delta", &["adapter", "checkpoint"]),
     ("run", &[]),
+    ("convert", &["checkpoint", "merge", "pickle"]),
     ("diff", &["adapter", "checkpoint", "delta"]),
     ("inspect", &["adapter", "checkpoint", "delta"]),
     ("merge", &["adapter", "checkpoint", "delta"]),
@@ -31,7 +33,19 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("train", &["model", "ops", "adapter", "checkpoint", "run"]),
     (
         "report",
-        &["diff", "inspect", "merge", "ops", "spectrum", "verify", "tokenize", "train", "adapter", "checkpoint"],
+        &[
+            "convert",
+            "diff",
+            "inspect",
+            "merge",
+            "ops",
+            "spectrum",
+            "verify",
+            "tokenize",
+            "train",
+            "adapter",
+            "checkpoint",
+        ],
     ),
 ];
 
@@ -41,7 +55,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("memmap2", &["checkpoint"]),
     ("indicatif", &["merge", "progress", "report", "train"]),
     ("comfy_table", &["report"]),
-    ("candle_core", &["adapter", "convert"]),
+    ("candle_core", &["convert"]),
+    ("zip", &["pickle"]),
 ];
 
 #[test]

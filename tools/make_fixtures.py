@@ -13,6 +13,7 @@ import math
 import shutil
 from pathlib import Path
 
+import convert_fixtures
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,6 +43,7 @@ def main():
     relora_training()
     spectra()
     schedules()
+    convert_fixtures.make(OUT)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, Default, clap::ValueEnum)]
-enum TargetDtype {
+pub(super) enum TargetDtype {
     /// Each tensor's own
     #[default]
     Keep,
@@ -77,7 +77,7 @@ enum RoundingMode {
 }
 
 impl TargetDtype {
-    fn dtype(self) -> Option<Dtype> {
+    pub(super) fn dtype(self) -> Option<Dtype> {
         match self {
             TargetDtype::Keep => None,
             TargetDtype::F32 => Some(Dtype::F32),

@@ -1,6 +1,7 @@
 //! Arguments -> options -> library -> report. No work is done here.
 
 mod completions;
+mod convert;
 mod diff;
 mod eval;
 mod inspect;
@@ -84,6 +85,7 @@ enum Command {
     Train(train::Args),
     Tokenize(tokenize::Args),
     Eval(eval::Args),
+    Convert(convert::Args),
     Completions(completions::Args),
 }
 
@@ -157,6 +159,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         Command::Eval(args) => args.run(&progress),
         Command::Inspect(args) => args.run(&progress),
         Command::Diff(args) => args.run(&progress),
+        Command::Convert(args) => args.run(&progress),
         Command::Completions(args) => args.run(&mut Cli::command()),
     }
 }

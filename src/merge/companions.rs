@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 
 /// What the merge changes in `config.json`.
 #[derive(Clone, Debug, Default)]
-pub(super) struct ConfigChanges {
+pub(crate) struct ConfigChanges {
     /// The type all weights were converted to.
     pub dtype: Option<Dtype>,
     /// The input embedding and the output head are no longer one matrix.
@@ -21,7 +21,7 @@ const WEIGHTS: [&str; 11] =
     ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx", "ckpt", "ot", "tflite"];
 
 /// Copies what comes along from `base` to `folder`. Subfolders stay behind, except further chat templates.
-pub(super) fn copy(base: &Path, folder: &Path, changes: &ConfigChanges) -> Result<()> {
+pub(crate) fn copy(base: &Path, folder: &Path, changes: &ConfigChanges) -> Result<()> {
     for entry in fs::read_dir(base).map_err(|e| Error::io("read", base, e))? {
         let path = entry.map_err(|e| Error::io("read", base, e))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -5,7 +5,7 @@
 
 mod apply;
 mod arith;
-mod companions;
+pub(crate) mod companions;
 mod matcher;
 mod names;
 mod own_factors;

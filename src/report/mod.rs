@@ -1,5 +1,6 @@
 //! Results -> table, JSON, CSV or Markdown. Computes nothing.
 
+mod convert;
 mod diff;
 pub mod html;
 mod inspect;
