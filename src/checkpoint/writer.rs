@@ -62,19 +62,14 @@ impl Writer {
         max_shard_size: u64,
         metadata: &BTreeMap<String, String>,
     ) -> Result<Writer> {
-        let groups = group_by_size(specs, max_shard_size);
-        let count = groups.len();
-        let name_of = |i: usize| match count {
-            1 => MODEL_NAME.to_owned(),
-            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-        };
+        let files = Self::files(specs, max_shard_size);
         let mut writer = Writer { shards: Vec::new(), places: HashMap::new() };
         let mut index = Index::default();
-        for (i, group) in groups.iter().enumerate() {
-            writer.add_file(folder.join(name_of(i)), group, metadata)?;
-            index.weight_map.extend(group.iter().map(|s| (s.name.clone(), name_of(i))));
+        for (name, group) in &files {
+            writer.add_file(folder.join(name), group, metadata)?;
+            index.weight_map.extend(group.iter().map(|s| (s.name.clone(), name.clone())));
         }
-        if count > 1 {
+        if files.len() > 1 {
             let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
             index.metadata.insert("total_size".into(), total.into());
             let path = folder.join(INDEX_NAME);
@@ -82,6 +77,17 @@ impl Writer {
             std::fs::write(&path, json).map_err(|e| Error::io("write", &path, e))?;
         }
         Ok(writer)
+    }
+
+    /// The files that [`Writer::create`] makes: their names and tensors.
+    pub fn files(specs: &[TensorSpec], max_shard_size: u64) -> Vec<(String, Vec<&TensorSpec>)> {
+        let groups = group_by_size(specs, max_shard_size);
+        let count = groups.len();
+        let name_of = |i: usize| match count {
+            1 => MODEL_NAME.to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+        };
+        groups.into_iter().enumerate().map(|(i, group)| (name_of(i), group)).collect()
     }
 
     /// Creates a single file with the given name.

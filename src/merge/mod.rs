@@ -6,6 +6,7 @@
 mod apply;
 mod arith;
 pub(crate) mod companions;
+mod estimate;
 mod matcher;
 mod names;
 mod own_factors;
@@ -19,8 +20,9 @@ mod result;
 mod rounding;
 mod stream;
 
+pub use estimate::Estimate;
 pub use remedy::Remedy;
-pub use result::{Action, AdapterUse, MergeReport, Retention, TensorResult, Totals};
+pub use result::{Action, AdapterUse, MergeReport, OutputFile, Retention, TensorResult, Totals};
 pub use rounding::Rounding;
 
 use crate::{
@@ -72,7 +74,9 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     if options.dry_run {
-        return Ok(result::report(options, &plan, &[], None));
+        let mut report = result::report(options, &plan, &[]);
+        report.estimate = Some(Estimate::new(&plan, options.rounding)?);
+        return Ok(report);
     }
     let staged = StagedDir::create(&options.output, options.force)?;
     if let Some(folder) = base.folder() {
@@ -81,7 +85,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let specs: Vec<_> = plan.outputs.iter().map(|o| o.spec.clone()).collect();
     let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options))?;
     let measured = stream::run(&plan, options.rounding, &writer, progress)?;
-    let mut report = result::report(options, &plan, &measured, Some(&writer));
+    let mut report = result::report(options, &plan, &measured);
     explain_losses(&mut report, &plan, progress)?;
     writer.finish()?;
     staged.commit()?;

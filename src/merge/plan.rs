@@ -81,6 +81,15 @@ impl<'a> Output<'a> {
         self.is_unchanged() && self.spec.dtype == self.source.dtype()
     }
 
+    /// Bytes that making it reads: its source, and the tensors of its terms.
+    pub(super) fn bytes_read(&self) -> u64 {
+        let terms = self.terms.iter().map(|term| match term {
+            Term::LowRank { module, .. } => module.a.bytes().len() + module.b.bytes().len(),
+            Term::Bias { vector, .. } => vector.bytes().len(),
+        });
+        (self.source.bytes().len() + terms.sum::<usize>()) as u64
+    }
+
     /// The module whose magnitude rescales the sum (DoRA), and whether its weight is stored `[in, out]`.
     pub(super) fn dora(&self) -> Option<(&Module<'a>, bool)> {
         self.terms.iter().find_map(|term| match term {

@@ -1,13 +1,13 @@
 //! What a merge did, and how much of each delta survived.
 
 use super::{
-    MIN_RETENTION, Options, Remedy, Rounding,
+    Estimate, MIN_RETENTION, Options, Remedy, Rounding,
     apply::Sums,
     plan::{Output, Plan, Term},
 };
-use crate::checkpoint::{Dtype, Writer};
+use crate::checkpoint::{Dtype, TensorSpec, Writer};
 use serde::Serialize;
-use std::path::PathBuf;
+use std::{collections::HashMap, path::PathBuf};
 
 /// The result of a merge, or of its plan (`dry_run`).
 #[derive(Clone, Debug, Serialize)]
@@ -25,12 +25,29 @@ pub struct MergeReport {
     pub rounding: Rounding,
     /// Whether nothing was written.
     pub dry_run: bool,
-    /// Every tensor that is not a copy, in the order of the base.
+    /// Every tensor that is not a copy, in the order of the base; in a dry run the copies, too.
     pub tensors: Vec<TensorResult>,
+    /// The files of the output's tensors.
+    pub files: Vec<OutputFile>,
     /// Over the whole model.
     pub totals: Totals,
     /// What would keep the delta of the worst tensor, where one loses more than allowed.
     pub remedy: Option<Remedy>,
+    /// What a merge would take; only in a dry run.
+    pub estimate: Option<Estimate>,
+}
+
+/// A file of the output.
+#[derive(Clone, Debug, Serialize)]
+pub struct OutputFile {
+    /// Its name in the output's folder.
+    pub name: String,
+    /// How many tensors it holds.
+    pub tensors: usize,
+    /// How many of these are no copies.
+    pub changed: usize,
+    /// Bytes of its tensors.
+    pub bytes: u64,
 }
 
 /// An adapter and its weight.
@@ -73,8 +90,12 @@ pub struct TensorResult {
     pub dtype: Dtype,
     /// Sum of the ranks of its deltas.
     pub rank: usize,
-    /// The file that holds it; absent in a dry run.
-    pub file: Option<String>,
+    /// Bytes of the tensor it is made from; 0 where the base has none.
+    pub base_bytes: u64,
+    /// Bytes in the output.
+    pub bytes: u64,
+    /// The file that holds it.
+    pub file: String,
     /// How much of the delta survived rounding; absent in a dry run and where the delta is zero.
     #[serde(flatten)]
     pub retention: Option<Retention>,
@@ -147,8 +168,20 @@ fn action(output: &Output) -> Action {
 }
 
 /// Describes a plan, and with the sums of its tensors its outcome.
-pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Option<&Writer>) -> MergeReport {
-    let file = |name: &str| Some(writer?.shard_of(name)?.file_name()?.to_string_lossy().into_owned());
+pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums]) -> MergeReport {
+    let specs: Vec<TensorSpec> = plan.outputs.iter().map(|o| o.spec.clone()).collect();
+    let layout = Writer::files(&specs, options.max_shard_size);
+    let file_of: HashMap<&str, usize> =
+        layout.iter().enumerate().flat_map(|(i, (_, specs))| specs.iter().map(move |s| (s.name.as_str(), i))).collect();
+    let mut files: Vec<OutputFile> = layout
+        .iter()
+        .map(|(name, specs)| OutputFile {
+            name: name.clone(),
+            tensors: specs.len(),
+            changed: 0,
+            bytes: specs.iter().map(|s| s.bytes()).sum(),
+        })
+        .collect();
     let mut totals = Totals { tensors: plan.outputs.len(), ..Totals::default() };
     let (mut tensors, mut all) = (Vec::new(), Sums::default());
     for (i, output) in plan.outputs.iter().enumerate() {
@@ -161,7 +194,9 @@ pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Opti
             Action::Recast => totals.recast += 1,
             Action::Copied => totals.copied += 1,
         }
-        if action == Action::Copied {
+        let file = &mut files[file_of[spec.name.as_str()]];
+        file.changed += usize::from(action != Action::Copied);
+        if action == Action::Copied && !options.dry_run {
             continue;
         }
         all += sums;
@@ -172,7 +207,9 @@ pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Opti
             base_dtype: output.source.dtype(),
             dtype: spec.dtype,
             rank: output.terms.iter().map(Term::rank).sum(),
-            file: file(&spec.name),
+            base_bytes: if action == Action::Added { 0 } else { output.source.bytes().len() as u64 },
+            bytes: spec.bytes(),
+            file: file.name.clone(),
             retention: Retention::new(sums),
         });
     }
@@ -189,7 +226,9 @@ pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums], writer: Opti
         rounding: options.rounding,
         dry_run: options.dry_run,
         tensors,
+        files,
         totals,
         remedy: None,
+        estimate: None,
     }
 }

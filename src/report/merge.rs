@@ -1,24 +1,28 @@
 //! `merge`: the tensors that changed, and how much of their deltas survived rounding.
 
 use super::{
-    Report,
+    Report, merge_plan,
     spectrum::{number, plural},
     table::Table,
     units,
 };
-use crate::merge::{Action, MergeReport, Retention, TensorResult};
+use crate::merge::{Action, MergeReport, Retention, Rounding, TensorResult};
 
 impl Report for MergeReport {
     fn tables(&self) -> Vec<Table> {
-        let title = match self.dry_run {
-            true => "Planned changes; nothing was written",
-            false => "Changed tensors; retention is the share of the delta that survived rounding",
-        };
+        if self.dry_run {
+            return merge_plan::tables(self);
+        }
+        let title = "Changed tensors; retention is the share of the delta that survived rounding";
         let header =
             ["tensor", "action", "shape", "from", "to", "rank", "delta norm", "retention", "relative error", "file"];
         let mut table = Table::new(title, &header);
         self.tensors.iter().for_each(|t| table.row(row(t)));
         if self.tensors.is_empty() { Vec::new() } else { vec![table] }
+    }
+
+    fn detail(&self) -> Option<Table> {
+        self.dry_run.then(|| merge_plan::per_tensor(self))
     }
 
     fn remarks(&self) -> Vec<String> {
@@ -41,6 +45,10 @@ impl Report for MergeReport {
                 number(r.delta_norm)
             ));
         }
+        if let Rounding::Stochastic { seed } = self.rounding {
+            remarks.push(format!("rounded by chance to bf16 and f16, seed {seed}"));
+        }
+        remarks.extend(self.estimate.as_ref().map(merge_plan::estimate));
         let output = self.output.display();
         remarks.push(match self.dry_run {
             true => format!("dry run: '{output}' was not written"),
@@ -52,16 +60,9 @@ impl Report for MergeReport {
 
 fn row(t: &TensorResult) -> Vec<String> {
     let of = |show: fn(&Retention) -> String| t.retention.as_ref().map_or_else(String::new, show);
-    let action = match t.action {
-        Action::Merged => "merged",
-        Action::Replaced => "replaced",
-        Action::Added => "added",
-        Action::Recast => "recast",
-        Action::Copied => "copied",
-    };
     vec![
         t.name.clone(),
-        action.into(),
+        action(t.action).into(),
         format!("{:?}", t.shape),
         format!("{:?}", t.base_dtype),
         format!("{:?}", t.dtype),
@@ -69,8 +70,18 @@ fn row(t: &TensorResult) -> Vec<String> {
         of(|r| number(r.delta_norm)),
         of(|r| percent(r.retention)),
         of(|r| number(r.relative_error)),
-        t.file.clone().unwrap_or_default(),
+        t.file.clone(),
     ]
+}
+
+pub(super) fn action(action: Action) -> &'static str {
+    match action {
+        Action::Merged => "merged",
+        Action::Replaced => "replaced",
+        Action::Added => "added",
+        Action::Recast => "recast",
+        Action::Copied => "copied",
+    }
 }
 
 /// Two decimals: what matters is 99.9 or 60.

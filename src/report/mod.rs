@@ -5,6 +5,7 @@ mod diff;
 pub mod html;
 mod inspect;
 mod merge;
+mod merge_plan;
 pub mod spectrum;
 pub mod table;
 mod train;
@@ -37,6 +38,10 @@ pub enum Format {
 pub trait Report: Serialize {
     /// The tables, most detailed first (CSV prints only this one).
     fn tables(&self) -> Vec<Table>;
+    /// The table that CSV prints, if it is not the first of [`Report::tables`].
+    fn detail(&self) -> Option<Table> {
+        None
+    }
     /// Sentences after the tables: totals, verdicts.
     fn remarks(&self) -> Vec<String> {
         Vec::new()
@@ -52,7 +57,7 @@ pub fn render(report: &impl Report, format: Format) -> Result<String> {
             out.push('\n');
         }
         Format::Csv => {
-            if let Some(table) = report.tables().first() {
+            if let Some(table) = report.detail().or_else(|| report.tables().into_iter().next()) {
                 out = table.to_csv();
             }
         }

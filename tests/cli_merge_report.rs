@@ -1,14 +1,14 @@
-//! `relora-kit merge`: what rounding does to a delta, and what is said about it.
+//! `relora-kit merge`: what rounding does to a delta, what is said about it, and what a dry run says beforehand.
 #![allow(missing_docs)]
 
 mod common;
 
 use common::{
-    run,
+    entries, run,
     small_merge::{Q, Small, values},
 };
 use relora_kit::checkpoint::Checkpoint;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// bf16 has steps of 2^-7 above 1, f16 of 2^-10: a delta of 2^-12 vanishes in both.
 fn lossy() -> Small {
@@ -73,4 +73,55 @@ fn threads_do_not_change_what_chance_decides() {
         std::fs::read(small.path("out").join("model.safetensors")).unwrap()
     };
     assert_eq!(bytes("1"), bytes("2"));
+}
+
+#[test]
+fn a_dry_run_says_what_a_merge_then_does_and_writes_nothing() {
+    let small = Small::new();
+    let options = ["--dtype", "bf16", "--max-shard-size", "24B", "--format", "json"];
+    let dry: Vec<&str> = options.into_iter().chain(["--dry-run"]).collect();
+    let (code, stdout, stderr) = run(small.args(&dry));
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(entries(small.0.path()), ["adapter", "base"]);
+    let plan: Value = serde_json::from_str(&stdout).unwrap();
+    let rows: Vec<_> = plan["tensors"].as_array().unwrap().iter().collect();
+    let facts = |t: &Value| json!([t["name"], t["action"], t["base_bytes"], t["bytes"], t["file"]]);
+    let q = format!("{Q}.weight");
+    let (one, two) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+    assert_eq!(facts(rows[0]), json!([q, "merged", 48, 24, one]));
+    assert_eq!(facts(rows[1]), json!(["model.norm.weight", "recast", 12, 6, two]));
+    assert_eq!(plan["files"][0], json!({"name": one, "tensors": 1, "changed": 1, "bytes": 24}));
+    assert_eq!(plan["estimate"]["bytes_written"], 30);
+    // 60 of the base, 6 + 8 factors of four bytes.
+    assert_eq!(plan["estimate"]["bytes_read"], 60 + 56);
+    assert!(plan["estimate"]["seconds"].as_f64().unwrap() > 0.0);
+
+    let (code, stdout, _) = run(small.args(&options));
+    assert_eq!(code, 0);
+    let done: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(done["files"], plan["files"]);
+    for (planned, done) in rows.iter().zip(done["tensors"].as_array().unwrap()) {
+        assert_eq!(facts(planned), facts(done));
+    }
+    assert!(entries(&small.path("out")).contains(&two.to_owned()));
+}
+
+#[test]
+fn the_table_of_a_dry_run_has_a_row_per_kind_of_tensor_and_per_file() {
+    let small = Small::new();
+    let names: Vec<String> = (0..12).map(|i| format!("model.layers.{i}.mlp.up_proj.weight")).collect();
+    let ones = common::f32_bytes(&[1.0; 12]);
+    let mut tensors: Vec<_> = names.iter().map(|n| (n.as_str(), "F32", &[4, 3][..], ones.clone())).collect();
+    let q = format!("{Q}.weight");
+    tensors.push((&q, "F32", &[4, 3], ones.clone()));
+    common::write_tensors(&small.path("base").join("model.safetensors"), &tensors);
+    let (code, stdout, stderr) = run(small.args(&["--dry-run"]));
+    assert_eq!(code, 0, "{stderr}");
+    let row = stdout.lines().find(|l| l.contains("model.layers.*.mlp.up_proj.weight")).unwrap();
+    assert!(row.split_whitespace().any(|cell| cell == "12") && row.contains("copied"), "{stdout}");
+    assert!(stdout.lines().any(|l| l.contains(&q) && l.contains("merged")), "{stdout}");
+    assert!(stdout.contains("model.safetensors") && stdout.contains("less than 0.1 s"), "{stdout}");
+    assert!(stdout.contains("1 merged") && stdout.contains("12 copied"), "{stdout}");
+    let (code, stdout, _) = run(small.args(&["--dry-run", "--format", "csv"]));
+    assert_eq!((code, stdout.lines().count()), (0, 14), "{stdout}");
 }
