@@ -43,7 +43,7 @@ impl Error {
         let message = format!("cannot {action} '{}': {source}", path.display());
         match source.kind() {
             io::ErrorKind::NotFound => Error::request(message).help("check the path"),
-            io::ErrorKind::StorageFull => {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 Error::world(message).help("free some space or choose another output folder; nothing was left behind")
             }
             io::ErrorKind::PermissionDenied => {

@@ -1,12 +1,15 @@
-//! Ctrl-C and SIGTERM: the first asks the running command to stop at the next safe point, the second ends the process.
+//! Signals. Ctrl-C and SIGTERM: the first asks the running command to stop at the next safe point, the second ends the
+//! process. SIGXFSZ (a file reached the limit of its size) is an error of that write instead of the end.
 
 use crate::error::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Installs the handler. Call once, at start.
+/// Installs the handlers. Call once, at start.
 pub fn install() {
+    // SAFETY: ignoring a signal runs no code of ours in a handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // A second handler cannot be installed; then the default one (the process ends) stays, which is safe.
     let _ = ctrlc::set_handler(|| {
         if REQUESTED.swap(true, Ordering::SeqCst) {

@@ -1,10 +1,10 @@
 //! Outputs that are whole or absent: everything is written to a temporary sibling, synced, then renamed.
 //!
-//! A process that dies leaves the old output (or none) and at most a hidden sibling `.NAME.tmp-PID`.
-//! Dropping a staged output without committing it removes the sibling.
+//! A process that dies leaves the old output (or none) and at most a hidden sibling `.NAME.tmp-PID`, which the next one
+//! that writes the same output removes. Dropping a staged output without committing it removes the sibling.
 
 use crate::error::{Error, Result};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use std::{
     fs::{self, File},
     io::Write,
@@ -25,6 +25,8 @@ pub struct StagedDir {
     temporary: PathBuf,
     target: PathBuf,
     force: bool,
+    // Says that its owner lives.
+    _lock: File,
 }
 
 impl StagedDir {
@@ -35,8 +37,11 @@ impl StagedDir {
         if temporary.exists() {
             fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
         }
+        remove_stale(target);
         create_dirs(&temporary)?;
-        Ok(StagedDir { temporary, target: target.to_owned(), force })
+        let lock = File::open(&temporary).map_err(|e| Error::io("open", &temporary, e))?;
+        lock_for_life(&lock);
+        Ok(StagedDir { temporary, target: target.to_owned(), force, _lock: lock })
     }
 
     /// Where files go until the commit.
@@ -73,8 +78,10 @@ impl StagedFile {
         refuse_existing(target, force)?;
         create_dirs(parent(target))?;
         let temporary = sibling(target)?;
+        remove_stale(target);
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&temporary);
         let file = file.map_err(|e| Error::io("create", &temporary, e))?;
+        lock_for_life(&file);
         Ok(StagedFile { temporary, target: target.to_owned(), force, file })
     }
 
@@ -115,10 +122,38 @@ pub fn write_file(target: &Path, bytes: &[u8], force: bool) -> Result<()> {
 }
 
 fn sibling(target: &Path) -> Result<PathBuf> {
-    let name = target.file_name().ok_or_else(|| {
+    let prefix = sibling_prefix(target).ok_or_else(|| {
         Error::request(format!("'{}' does not name an output", target.display())).help("give a file or folder name")
     })?;
-    Ok(target.with_file_name(format!(".{}.tmp-{}", name.to_string_lossy(), std::process::id())))
+    Ok(target.with_file_name(format!("{prefix}{}", std::process::id())))
+}
+
+fn sibling_prefix(target: &Path) -> Option<String> {
+    Some(format!(".{}.tmp-", target.file_name()?.to_string_lossy()))
+}
+
+/// The kernel holds the lock until the file is closed, by us or by our death. Where it cannot lock, nothing is stale.
+fn lock_for_life(file: &File) {
+    let _ = flock(file, FlockOperation::NonBlockingLockExclusive);
+}
+
+/// Removes what killed processes left of the same output. What cannot be removed is not in the way of a new one.
+fn remove_stale(target: &Path) {
+    let (Some(prefix), Ok(entries)) = (sibling_prefix(target), fs::read_dir(parent(target))) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix(&prefix).and_then(|pid| pid.parse::<u32>().ok());
+        // Links are not ours: we make files and folders.
+        let ours = entry.file_type().is_ok_and(|t| t.is_dir() || t.is_file());
+        if !ours || pid.is_none_or(|pid| pid == std::process::id()) {
+            continue;
+        }
+        let path = entry.path();
+        let abandoned = File::open(&path).is_ok_and(|f| flock(&f, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if abandoned {
+            let _ = fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path));
+        }
+    }
 }
 
 fn parent(path: &Path) -> &Path {
@@ -175,6 +210,27 @@ mod tests {
         fs::write(staged.path().join("a"), "x").unwrap();
         drop(staged);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let place = |name: &str| root.path().join(name);
+        for folder in [".out.tmp-1", ".out.tmp-2", ".other.tmp-1", ".out.tmp-x"] {
+            fs::create_dir(place(folder)).unwrap();
+            fs::write(place(folder).join("model.safetensors"), "half").unwrap();
+        }
+        fs::write(place(".out.tmp-3"), "a half file").unwrap();
+        let living = File::open(place(".out.tmp-2")).unwrap();
+        lock_for_life(&living);
+        let staged = StagedDir::create(&place("out"), false).unwrap();
+        let left = |name: &str| place(name).exists();
+        assert!(!left(".out.tmp-1") && !left(".out.tmp-3"), "abandoned");
+        assert!(left(".out.tmp-2") && left(".other.tmp-1") && left(".out.tmp-x"), "not ours to remove");
+        drop(staged);
+        drop(living);
+        drop(StagedFile::create(&place("out"), false).unwrap());
+        assert!(!left(".out.tmp-2"));
     }
 
     #[test]

@@ -4,21 +4,18 @@
 mod common;
 
 use common::{entries, f32_bytes, small_merge::Small, write_tensors};
-use relora_kit::{
-    adapter::{AdapterConfig, NewModule, save},
-    checkpoint::Checkpoint,
-};
+use relora_kit::adapter::{AdapterConfig, NewModule, save};
 use std::{
     fs,
     path::PathBuf,
-    process::{Command, Stdio},
-    time::Duration,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
-/// A base that takes long enough to be interrupted: 192 MiB in many tensors, and a rank 64 adapter for each.
-fn large() -> Small {
+/// A base of `tensors` matrices `[1024, 1024]`, and a rank 64 adapter for each.
+fn base_of(tensors: usize) -> Small {
     let small = Small(tempfile::tempdir().unwrap());
-    let (m, tensors, r) = (1024, 48, 64);
+    let (m, r) = (1024, 64);
     let names: Vec<String> = (0..tensors).map(|i| format!("model.layers.{i}.mlp.up_proj")).collect();
     let base = small.path("base");
     fs::create_dir_all(&base).unwrap();
@@ -34,6 +31,11 @@ fn large() -> Small {
     fs::create_dir_all(small.path("adapter")).unwrap();
     save(&small.path("adapter"), &AdapterConfig::new(r, 1.0, &["up_proj"]), &modules).unwrap();
     small
+}
+
+/// 192 MiB: long enough to be interrupted.
+fn large() -> Small {
+    base_of(48)
 }
 
 fn program() -> PathBuf {
@@ -65,26 +67,68 @@ fn ctrl_c_during_a_merge_exits_with_3_and_leaves_nothing() {
 }
 
 #[test]
-fn a_killed_merge_leaves_no_output_or_a_complete_one() {
-    let small = large();
-    let whole = fs::metadata(small.path("base").join("model.safetensors")).unwrap().len();
-    for milliseconds in (0..200).step_by(20) {
-        let mut child = Command::new(program())
-            .args(small.args(&["--force"]))
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(milliseconds));
+fn a_merge_killed_at_any_moment_leaves_the_old_output_or_a_complete_one() {
+    let small = base_of(12);
+    let start = Instant::now();
+    assert!(merge(&small, "whole").wait().unwrap().success());
+    let duration = start.elapsed();
+    let model = |name: &str| fs::read(small.path(name).join("model.safetensors"));
+    let whole = model("whole").unwrap();
+    let (mut midway, mut seed) = (0, 12345u32);
+    for i in 0..50 {
+        // Half of the merges replace an older output.
+        let out = small.path("out");
+        fs::remove_dir_all(&out).ok();
+        if i % 2 == 0 {
+            fs::create_dir(&out).unwrap();
+            fs::write(out.join("model.safetensors"), "old").unwrap();
+        }
+        let mut child = merge(&small, "out");
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        std::thread::sleep(duration.mul_f64(1.1 * f64::from(seed) / f64::from(u32::MAX)));
         child.kill().unwrap();
         child.wait().unwrap();
-        let output = small.path("out");
-        if output.exists() {
-            let model = Checkpoint::open(&output).unwrap();
-            assert_eq!(model.len(), 48);
-            assert!(fs::metadata(output.join("model.safetensors")).unwrap().len() >= whole);
+        match model("out") {
+            Ok(bytes) if i % 2 == 0 => assert!(bytes == b"old" || bytes == whole, "{} bytes", bytes.len()),
+            Ok(bytes) => assert!(bytes == whole, "{} bytes", bytes.len()),
+            Err(_) => assert!(i % 2 == 1, "the old output is gone"),
         }
+        let left: Vec<_> = entries(small.0.path()).into_iter().filter(|name| name.starts_with('.')).collect();
+        assert!(left.len() <= 1, "each merge removes what the one before left: {left:?}");
+        midway += left.len();
     }
+    assert!(midway >= 5, "only {midway} of 50 merges were killed while they wrote");
+    assert!(merge(&small, "out").wait().unwrap().success());
+    assert_eq!(entries(small.0.path()), ["adapter", "base", "out", "whole"]);
+}
+
+/// A started merge into `output`, replacing it.
+fn merge(small: &Small, output: &str) -> Child {
+    let path = |name| small.path(name);
+    Command::new(program())
+        .args(["merge", "--force", "--base"])
+        .arg(path("base"))
+        .arg("--adapter")
+        .arg(path("adapter"))
+        .arg("-o")
+        .arg(path(output))
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn a_file_size_limit_exits_with_3_and_leaves_nothing() {
+    let small = base_of(2);
+    // `ulimit -f` counts 512 or 1024 bytes: far less than the 8 MiB of the output either way. The signal that comes with
+    // the limit ends programs that do not expect it.
+    let script = format!("ulimit -f 1000; {:?} \"$@\"", program());
+    let output = Command::new("sh").args(["-c", &script, "sh"]).args(small.args(&[])).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("File too large") && stderr.contains("help: "), "{stderr}");
+    assert_eq!(entries(small.0.path()), ["adapter", "base"]);
 }
 
 #[test]
