@@ -23,6 +23,7 @@ pub mod verify;
 pub mod model;
 pub mod ops;
 
+pub mod generate;
 pub mod tokenize;
 pub mod train;
 

@@ -4,6 +4,7 @@
 //! run/config.toml            the resolved configuration
 //! run/manifest.json          versions, seeds, hashes, and per cycle: steps, rank, scale, sha256 of its files
 //! run/metrics.jsonl          one object per update
+//! run/tensorboard/           the same numbers as TensorBoard events
 //! run/base/                  the checkpoint the first cycle started from
 //! run/cycles/cycle-001/      the cycle's delta as a PEFT adapter
 //! run/checkpoints/step-N/    a Hugging Face checkpoint, and beside it the state that resuming needs

@@ -90,7 +90,8 @@ fn a_relora_run_leaves_a_base_its_cycles_and_a_checkpoint() {
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("cycles merged") && stdout.contains("validation perplexity"), "{stdout}");
     let run_dir = PathBuf::from(workshop.path("run"));
-    assert_eq!(entries(&run_dir), ["base", "checkpoints", "config.toml", "cycles", "manifest.json", "metrics.jsonl"]);
+    let expected = ["base", "checkpoints", "config.toml", "cycles", "manifest.json", "metrics.jsonl", "tensorboard"];
+    assert_eq!(entries(&run_dir), expected);
     assert_eq!(entries(&run_dir.join("cycles")), ["cycle-001", "cycle-002", "cycle-003", "cycle-004"]);
     assert_eq!(entries(&run_dir.join("checkpoints")), ["step-49", "step-50"]);
     let losses = losses(&run_dir);

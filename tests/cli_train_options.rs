@@ -171,6 +171,46 @@ fn a_profile_shows_operations_and_leaves_a_trace() {
 }
 
 #[test]
+fn the_planned_memory_is_what_the_run_takes() {
+    let small = SmallRun::new(1);
+    let text = fs::read_to_string(small.path("run.toml")).unwrap();
+    // The real llama_9m, so that its 140 MB outweigh the program itself.
+    let (before, after) = text.split_once("[model.overrides]").unwrap();
+    let text = format!("{before}[data]{}", after.split_once("[data]").unwrap().1);
+    fs::write(small.path("run.toml"), text.replace("[warm_start]\nnum_training_steps = 10\n", "")).unwrap();
+    for r in ["relora.lora_r=2", "relora.lora_r=64"] {
+        let set = ["train.num_training_steps=6", "relora.relora=3", "train.restart_warmup_steps=1", r];
+        let plan = trained(&small, "unused", &set, &["--plan", "--format", "json"]);
+        let planned = serde_json::from_str::<Value>(&plan).unwrap()["configured_peak"].as_f64().unwrap();
+        let _ = fs::remove_dir_all(small.path("run"));
+        let summary = trained(&small, "run", &set, &["--format", "json", "--threads", "2"]);
+        let taken = serde_json::from_str::<Value>(&summary).unwrap()["peak_memory"].as_f64().unwrap();
+        assert!((planned / taken - 1.0).abs() < 0.15, "planned {planned}, taken {taken}");
+    }
+    assert!(!small.path("unused").exists());
+}
+
+#[test]
+fn a_plan_of_presets_needs_no_configuration() {
+    let (code, stdout, stderr) = run(["train", "--plan", "llama_1b,llama_7b", "--format", "json"]);
+    assert_eq!(code, 0, "{stderr}");
+    let plan: Value = serde_json::from_str(&stdout).unwrap();
+    let total = |model: &str, mode: &str, dtype: &str| {
+        let needs = plan["needs"].as_array().unwrap();
+        let found = needs.iter().find(|n| n["model"] == model && n["mode"] == mode && n["dtype"] == dtype);
+        found.unwrap()["total"].as_f64().unwrap()
+    };
+    // 6.74e9 parameters, 16 bytes each, and activations.
+    assert!(total("llama_7b", "full", "f32") > 16.0 * 6.7e9);
+    assert!(total("llama_7b", "relora", "f32") < 0.5 * total("llama_7b", "full", "f32"));
+    assert!(total("llama_1b", "relora", "bf16") < total("llama_1b", "relora", "f32"));
+    let all = run(["train", "--plan", "all"]);
+    assert!(all.0 == 0 && all.1.contains("llama_250m_50K"), "{}", all.2);
+    refused(["train", "--plan", "llama_2b"], 2, &["no preset 'llama_2b'"]);
+    refused(["train", "--plan"], 2, &["--plan needs --config"]);
+}
+
+#[test]
 fn factors_alone_train_without_the_weights() {
     let small = SmallRun::new(1);
     let text = fs::read_to_string(small.path("run.toml")).unwrap();

@@ -29,6 +29,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("verify", &["adapter", "checkpoint", "delta", "run", "spectrum"]),
     ("ops", &[]),
     ("model", &["ops", "adapter", "checkpoint"]),
+    ("generate", &["model", "ops", "tokenize"]),
     ("tokenize", &["checkpoint", "train"]),
     ("train", &["model", "ops", "adapter", "checkpoint", "run"]),
     (

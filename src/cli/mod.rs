@@ -4,6 +4,7 @@ mod completions;
 mod convert;
 mod diff;
 mod eval;
+mod generate;
 mod inspect;
 mod merge;
 mod spectrum;
@@ -86,6 +87,7 @@ enum Command {
     Tokenize(tokenize::Args),
     Eval(eval::Args),
     Convert(convert::Args),
+    Generate(generate::Args),
     Completions(completions::Args),
 }
 
@@ -157,6 +159,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         Command::Train(args) => args.run(&progress),
         Command::Tokenize(args) => args.run(&progress),
         Command::Eval(args) => args.run(&progress),
+        Command::Generate(args) => args.run(&progress),
         Command::Inspect(args) => args.run(&progress),
         Command::Diff(args) => args.run(&progress),
         Command::Convert(args) => args.run(&progress),

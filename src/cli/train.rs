@@ -9,10 +9,30 @@ use crate::{
     staged,
     train::{
         config::Config,
+        plan::{Plan, plan},
         session::{Session, Summary},
     },
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// What `--plan PRESET` assumes without a configuration: the paper's window and rank.
+const PLANNED: &str = r#"
+[model]
+preset = "llama_9m"
+[data]
+train = "none"
+max_length = 512
+[train]
+mode = "relora"
+batch_size = 8
+num_training_steps = 20000
+lr = 1e-3
+scheduler = "cosine_restarts"
+[relora]
+lora_r = 128
+lora_alpha = 32
+relora = 5000
+"#;
 
 /// Train a LLaMA model: full, LoRA, or ReLoRA with a warm start and restarts
 ///
@@ -25,16 +45,18 @@ use std::path::PathBuf;
   relora-kit train --config run.toml -o run --set train.lr=1e-3 --set relora.lora_r=128
   relora-kit train --config run.toml -o run --autoresume
   relora-kit train --config run.toml -o run --profile
+  relora-kit train --plan --config run.toml
+  relora-kit train --plan llama_350m,llama_1b,llama_7b --set train.batch_size=4
   relora-kit train --resume run")]
 pub struct Args {
     /// The configuration
-    #[arg(long, value_name = "RUN.toml", required_unless_present = "resume", conflicts_with = "resume")]
+    #[arg(long, value_name = "RUN.toml", required_unless_present_any = ["resume", "plan"], conflicts_with = "resume")]
     config: Option<PathBuf>,
     /// Replace a key of the configuration (repeatable)
     #[arg(long, value_name = "SECTION.KEY=VALUE", conflicts_with = "resume")]
     set: Vec<String>,
     /// The run directory to create
-    #[arg(short, long, value_name = "DIR", required_unless_present = "resume", conflicts_with = "resume")]
+    #[arg(short, long, value_name = "DIR", required_unless_present_any = ["resume", "plan"], conflicts_with = "resume")]
     output: Option<PathBuf>,
     /// Go on with a run from its newest checkpoint
     #[arg(long, value_name = "DIR")]
@@ -45,6 +67,9 @@ pub struct Args {
     /// Time every operation: a table at the end, and profile.json in the run directory for chrome://tracing
     #[arg(long)]
     profile: bool,
+    /// Print the memory that training will need, and train nothing; of these presets (or `all`), or of the configured model
+    #[arg(long, value_name = "PRESET,...", num_args = 0..=1, value_delimiter = ',', conflicts_with = "resume")]
+    plan: Option<Vec<String>>,
     /// What to compute on
     #[arg(long, default_value = "cpu", value_parser = parse_device)]
     device: String,
@@ -55,6 +80,10 @@ pub struct Args {
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        if let Some(presets) = &self.plan {
+            report::emit(&self.plan(presets)?, self.format, None, false)?;
+            return Ok(Outcome::Yes);
+        }
         let summary = if self.profile {
             let device = Profiled::new(Cpu);
             let mut summary = self.train(device.clone(), progress)?;
@@ -71,6 +100,18 @@ impl Args {
             report::emit(&summary, self.format, None, false)?;
         }
         Ok(Outcome::Yes)
+    }
+
+    fn plan(&self, presets: &[String]) -> Result<Plan> {
+        let config = match &self.config {
+            Some(path) => Config::read(path, &self.set)?,
+            None if presets.is_empty() => {
+                return Err(Error::request("train --plan needs --config, or the names of presets")
+                    .help("for example: relora-kit train --plan llama_350m"));
+            }
+            None => Config::parse(PLANNED, Path::new("the defaults of --plan"), &self.set)?,
+        };
+        plan(&config, presets)
     }
 
     /// `None`: the run was finished already.

@@ -5,14 +5,17 @@
 
 mod block;
 mod config;
+mod decode;
 mod init;
 mod linear;
 mod llama;
 mod lora;
+pub mod memory;
 mod params;
 mod product;
 
 pub use config::{LlamaConfig, RopeScaling};
+pub use decode::Decoder;
 pub use lora::LoraSpec;
 pub use params::{Param, ParamKind};
 pub use product::{Extents, Product, ProductChoice};

@@ -5,6 +5,7 @@ use super::{
     elementwise, embedding, matmul, rms_norm, rope, swiglu,
 };
 use crate::error::Result;
+use std::borrow::Cow;
 
 /// The host's processor and memory.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,6 +29,10 @@ impl Device for Cpu {
 
     fn read(&self, buffer: &Vec<f32>) -> Vec<f32> {
         buffer.clone()
+    }
+
+    fn view<'a>(&self, buffer: &'a Vec<f32>) -> Cow<'a, [f32]> {
+        Cow::Borrowed(buffer)
     }
 
     fn len(&self, buffer: &Vec<f32>) -> usize {

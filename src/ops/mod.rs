@@ -35,6 +35,7 @@ pub use profiled::{OperationTime, Profiled};
 pub use rope::RopeShape;
 
 use crate::error::Result;
+use std::borrow::Cow;
 
 /// Where buffers live and operations run.
 pub trait Device: Send + Sync {
@@ -51,6 +52,10 @@ pub trait Device: Send + Sync {
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
     /// The whole buffer.
     fn read(&self, buffer: &Self::Buffer) -> Vec<f32>;
+    /// The whole buffer, without a copy where the device's memory is the host's.
+    fn view<'a>(&self, buffer: &'a Self::Buffer) -> Cow<'a, [f32]> {
+        Cow::Owned(self.read(buffer))
+    }
     /// Elements of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
     /// New token ids.

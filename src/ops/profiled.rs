@@ -4,6 +4,7 @@ use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape};
 use crate::error::Result;
 use serde::Serialize;
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
@@ -24,6 +25,7 @@ pub struct Profiled<D> {
 struct Log {
     totals: BTreeMap<String, Total>,
     events: Vec<Event>,
+    allocated: u64,
 }
 
 #[derive(Default)]
@@ -81,6 +83,15 @@ impl<D> Profiled<D> {
         result
     }
 
+    /// f32 elements of all buffers made so far, those that are gone included.
+    pub fn allocated(&self) -> u64 {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).allocated
+    }
+
+    fn note_allocation(&self, len: usize) {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).allocated += len as u64;
+    }
+
     /// Time per operation, longest first.
     pub fn operations(&self) -> Vec<OperationTime> {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,10 +126,12 @@ impl<D: Device> Device for Profiled<D> {
     type Tokens = D::Tokens;
 
     fn zeros(&self, len: usize) -> D::Buffer {
+        self.note_allocation(len);
         self.time("allocate", |d| d.zeros(len))
     }
 
     fn upload(&self, values: &[f32]) -> D::Buffer {
+        self.note_allocation(values.len());
         self.time("upload", |d| d.upload(values))
     }
 
@@ -128,6 +141,10 @@ impl<D: Device> Device for Profiled<D> {
 
     fn read(&self, buffer: &D::Buffer) -> Vec<f32> {
         self.time("download", |d| d.read(buffer))
+    }
+
+    fn view<'a>(&self, buffer: &'a D::Buffer) -> Cow<'a, [f32]> {
+        self.time("download", |d| d.view(buffer))
     }
 
     fn len(&self, buffer: &D::Buffer) -> usize {

@@ -1,10 +1,10 @@
 //! Training, tokenizing and evaluation as tables.
 
-use super::{Report, table::Table};
+use super::{Report, table::Table, units::bytes};
 use crate::{
     ops::OperationTime,
     tokenize,
-    train::{evaluate::Evaluation, session::Summary},
+    train::{config::Mode, evaluate::Evaluation, plan::Plan, session::Summary},
 };
 use std::time::Duration;
 
@@ -47,6 +47,9 @@ impl Report for Summary {
         }
         rows.push(("tokens/s", format!("{:.0}", self.tokens_per_s)));
         rows.push(("time", indicatif::HumanDuration(Duration::from_secs_f64(self.seconds)).to_string()));
+        if let Some(peak) = self.peak_memory {
+            rows.push(("peak memory", bytes(peak)));
+        }
         rows.push(("final checkpoint", self.checkpoint.display().to_string()));
         let mut tables = facts(&format!("run {}", self.run.display()), rows);
         if !self.operations.is_empty() {
@@ -54,6 +57,65 @@ impl Report for Summary {
         }
         tables
     }
+}
+
+impl Report for Plan {
+    fn tables(&self) -> Vec<Table> {
+        let checkpointing = if self.activation_checkpointing { ", activation checkpointing" } else { "" };
+        let title = format!(
+            "memory of training, {} windows of {} tokens, r = {}{checkpointing}",
+            self.batch_size, self.max_length, self.lora_r
+        );
+        let header = [
+            "model",
+            "mode",
+            "dtype",
+            "parameters",
+            "trained",
+            "weights",
+            "gradients",
+            "optimiser",
+            "activations",
+            "total",
+            "of full",
+            "MFLOP/token",
+        ];
+        let mut table = Table::new(title, &header);
+        for n in &self.needs {
+            let full = self.needs.iter().find(|f| f.model == n.model && f.mode == Mode::Full && f.dtype == n.dtype);
+            table.row(vec![
+                n.model.clone(),
+                format!("{:?}", n.mode).to_lowercase(),
+                n.dtype.to_owned(),
+                millions(n.parameters),
+                millions(n.trained),
+                bytes(n.weights),
+                bytes(n.gradients),
+                bytes(n.optimiser),
+                bytes(n.activations),
+                bytes(n.total),
+                full.map_or(String::new(), |f| format!("{:.0}%", 100.0 * n.total as f64 / f.total as f64)),
+                format!("{:.0}", n.flops_per_token / 1e6),
+            ]);
+        }
+        vec![table]
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        if let Some(peak) = self.configured_peak {
+            remarks.push(format!("The configured run will need {} at its peak.", bytes(peak)));
+        }
+        remarks.push(
+            "This program trains in f32; bf16 is for comparison: moments in f32, everything else in bf16.".into(),
+        );
+        remarks
+    }
+}
+
+/// `58.1 M`.
+fn millions(n: u64) -> String {
+    format!("{:.1} M", n as f64 / 1e6)
 }
 
 impl Report for tokenize::Summary {

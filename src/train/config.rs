@@ -291,7 +291,12 @@ impl Config {
     /// Paths in the file are relative to the file's folder, those in `set` to the current one.
     pub fn read(path: &Path, set: &[String]) -> Result<Config> {
         let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let mut table: toml::Table = toml::from_str(&text).map_err(|e| {
+        Config::parse(&text, path, set)
+    }
+
+    /// [`Config::read`] of a text that would stand in the file `path`.
+    pub fn parse(text: &str, path: &Path, set: &[String]) -> Result<Config> {
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| {
             Error::request(format!("'{}' is not valid TOML: {}", path.display(), one_line(&e.to_string())))
         })?;
         // Absolute, so that the copy of the configuration inside the run means the same files.

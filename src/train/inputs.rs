@@ -22,18 +22,30 @@ pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Mod
     if let Some(path) = m.checkpoint.as_ref().or(m.warmed_up_model.as_ref()) {
         return Model::load(device, &Checkpoint::open(path)?);
     }
+    Model::init(device, architecture(config)?, config.train.seed)
+}
+
+/// The architecture that the configuration names, without its weights.
+pub fn architecture(config: &Config) -> Result<LlamaConfig> {
+    let m = &config.model;
+    if let Some(path) = m.checkpoint.as_ref().or(m.warmed_up_model.as_ref()) {
+        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+        return LlamaConfig::from_json(&folder.join("config.json"));
+    }
     let json = match (&m.preset, &m.config) {
-        (Some(name), _) => LlamaConfig::preset(name)
-            .ok_or_else(|| {
-                let names = LlamaConfig::preset_names().join(", ");
-                Error::request(format!("there is no preset '{name}'")).help(format!("presets: {names}"))
-            })?
-            .to_json(),
+        (Some(name), _) => preset(name)?.to_json(),
         (None, Some(path)) => LlamaConfig::from_json(path)?.to_json(),
         (None, None) => return Err(Error::request("[model] names no origin of the model")),
     };
-    let llama = override_keys(json, &m.overrides)?;
-    Model::init(device, llama, config.train.seed)
+    override_keys(json, &m.overrides)
+}
+
+/// A shipped size.
+pub(super) fn preset(name: &str) -> Result<LlamaConfig> {
+    LlamaConfig::preset(name).ok_or_else(|| {
+        let names = LlamaConfig::preset_names().join(", ");
+        Error::request(format!("there is no preset '{name}'")).help(format!("presets: {names}"))
+    })
 }
 
 /// Updates and tokens that `warmed_up_model` has seen, from the training state in its folder: ours, or the official code's

@@ -1,5 +1,7 @@
-//! `metrics.jsonl`: one object per update, one per evaluation; cut back to the checkpoint when a run resumes.
+//! `metrics.jsonl`: one object per update, one per evaluation; cut back to the checkpoint when a run resumes. The same
+//! numbers go into `tensorboard/`.
 
+use super::tensorboard::EventFile;
 use crate::{
     error::{Error, Result},
     staged,
@@ -48,10 +50,33 @@ pub struct EvalRow {
     pub eval_tokens: u64,
 }
 
-/// The open file.
+/// The open files.
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    events: EventFile,
+}
+
+/// A row of the file.
+pub trait Row: Serialize {
+    /// What TensorBoard shows its numbers under.
+    const GROUP: &str;
+    /// Updates made.
+    fn step(&self) -> u64;
+}
+
+impl Row for UpdateRow {
+    const GROUP: &str = "train";
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+impl Row for EvalRow {
+    const GROUP: &str = "eval";
+    fn step(&self) -> u64 {
+        self.step
+    }
 }
 
 impl Metrics {
@@ -72,14 +97,19 @@ impl Metrics {
             .collect();
         staged::write_file(path, kept.as_bytes(), true)?;
         let file = File::options().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
-        Ok(Metrics { path: path.to_owned(), file })
+        let events = EventFile::create(&path.with_file_name("tensorboard"), step)?;
+        Ok(Metrics { path: path.to_owned(), file, events })
     }
 
     /// Appends one row.
-    pub fn write(&mut self, row: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_string(row).map_err(|e| Error::world(e.to_string()))?;
-        line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))
+    pub fn write<R: Row>(&mut self, row: &R) -> Result<()> {
+        let value = serde_json::to_value(row).map_err(|e| Error::world(e.to_string()))?;
+        let line = format!("{value}\n");
+        self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))?;
+        let numbers = value.as_object().into_iter().flatten().filter(|(key, _)| *key != "step");
+        let scalars: Vec<(String, f64)> =
+            numbers.filter_map(|(key, value)| Some((format!("{}/{key}", R::GROUP), value.as_f64()?))).collect();
+        self.events.scalars(row.step(), &scalars)
     }
 }
 
@@ -93,7 +123,9 @@ mod tests {
         let path = dir.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"ste").unwrap();
         let mut metrics = Metrics::open(&path, 2).unwrap();
-        metrics.write(&serde_json::json!({"step": 3, "again": true})).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n{\"step\":3,\"again\":true}\n");
+        metrics.write(&EvalRow { step: 3, eval_loss: 0.5, perplexity: 2.0, eval_tokens: 7 }).unwrap();
+        let third = "{\"step\":3,\"eval_loss\":0.5,\"perplexity\":2.0,\"eval_tokens\":7}";
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{{\"step\":1}}\n{{\"step\":2}}\n{third}\n"));
+        assert_eq!(fs::read_dir(dir.path().join("tensorboard")).unwrap().count(), 1);
     }
 }

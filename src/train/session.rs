@@ -51,6 +51,8 @@ pub struct Summary {
     pub skipped: u64,
     /// The final checkpoint.
     pub checkpoint: PathBuf,
+    /// Bytes of memory at the peak of this process (Linux).
+    pub peak_memory: Option<u64>,
     /// Where the time went, if that was asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub operations: Vec<OperationTime>,
@@ -382,6 +384,7 @@ impl<D: Device> Session<D> {
             skipped: self.trainer.skipped,
             checkpoint: self.dir.0.join(RunDir::checkpoint_folder(self.trainer.step)),
             run: self.dir.0,
+            peak_memory: peak_memory(),
             operations: Vec::new(),
         })
     }
@@ -389,6 +392,13 @@ impl<D: Device> Session<D> {
     fn write_manifest(&self) -> Result<()> {
         write_manifest(&self.dir.manifest_path(), &self.manifest)
     }
+}
+
+/// `VmHWM` of this process.
+fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?)
 }
 
 /// Updates after which checkpoints were saved, newest first.

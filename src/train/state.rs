@@ -19,7 +19,7 @@ use crate::{
 };
 use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, fs, path::Path};
 
 const STATE_FOLDER: &str = "training_state";
 const COUNTERS: &str = "state.json";
@@ -51,9 +51,9 @@ pub fn save_model<D: Device>(model: &Model<D>, folder: &Path) -> Result<()> {
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let writer = Writer::create(folder, &specs, 5_000_000_000, &metadata)?;
     for param in stored() {
-        let mut values = model.device().read(&param.value);
+        let mut values = model.device().view(&param.value);
         if param.kind == ParamKind::Linear && model.lora().is_some() {
-            add_delta(model, &param.name, &param.shape, &mut values);
+            add_delta(model, &param.name, &param.shape, values.to_mut());
         }
         writer.write_f32(&param.name, Dtype::F32, &values)?;
     }
@@ -64,7 +64,7 @@ pub fn save_model<D: Device>(model: &Model<D>, folder: &Path) -> Result<()> {
 /// `values += scaling * B @ A` for the projection called `name`, on the host.
 fn add_delta<D: Device>(model: &Model<D>, name: &str, shape: &[usize], values: &mut [f32]) {
     let module = name.trim_end_matches(".weight");
-    let factor = |which: &str| model.param(&format!("{module}.{which}.weight")).map(|p| model.device().read(&p.value));
+    let factor = |which: &str| model.param(&format!("{module}.{which}.weight")).map(|p| model.device().view(&p.value));
     let (Some(spec), Some(a), Some(b)) = (model.lora(), factor("lora_A"), factor("lora_B")) else { return };
     let (out, r, inputs) = (shape[0], spec.r, shape[1]);
     let a = ArrayView2::from_shape((r, inputs), &a);
@@ -85,8 +85,8 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
         let module = a.name.trim_end_matches(".lora_A.weight");
         let b = model.param(&format!("{module}.lora_B.weight"));
         let b = b.ok_or_else(|| Error::request(format!("'{module}' has lora_A but no lora_B")))?;
-        let scaled_b = model.scaled_b(module).unwrap_or_else(|| model.device().read(&b.value));
-        factors.push((module, a.shape[1], b.shape[0], model.device().read(&a.value), scaled_b));
+        let scaled_b = model.scaled_b(module).map_or_else(|| model.device().view(&b.value), Cow::Owned);
+        factors.push((module, a.shape[1], b.shape[0], model.device().view(&a.value), scaled_b));
     }
     let mut targets: Vec<&str> = factors.iter().filter_map(|f| f.0.rsplit('.').next()).collect();
     targets.sort_unstable();
@@ -106,7 +106,7 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
         .collect();
     let is_full = |kind| matches!(kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head);
     let values: Vec<_> =
-        model.params().iter().filter(|p| is_full(p.kind)).map(|p| (p, model.device().read(&p.value))).collect();
+        model.params().iter().filter(|p| is_full(p.kind)).map(|p| (p, model.device().view(&p.value))).collect();
     let full: Vec<FullTensor> =
         values.iter().map(|(p, values)| FullTensor { name: &p.name, shape: &p.shape, values }).collect();
     if model.config().tie_word_embeddings {
@@ -150,7 +150,7 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
         .collect();
     let writer = Writer::create_file(&folder.join(TENSORS), &specs, &BTreeMap::new())?;
     for (name, _, buffer) in &tensors {
-        writer.write_f32(name, Dtype::F32, &model.device().read(buffer))?;
+        writer.write_f32(name, Dtype::F32, &model.device().view(buffer))?;
     }
     writer.finish()
 }

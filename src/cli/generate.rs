@@ -1,0 +1,76 @@
+//! `relora-kit generate`
+
+use super::{Outcome, parse_device};
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    generate::{Options, generate},
+    model::Model,
+    ops::Cpu,
+    progress::Progress,
+    report,
+};
+use std::path::PathBuf;
+
+/// Continue a text with a model
+///
+/// The text goes to stdout as it grows, the prompt first. For models trained on bytes.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  relora-kit generate --model run/checkpoints/step-1000 --prompt 'fn main() {'
+  relora-kit generate --model merged --prompt 'Once' --temperature 0.8 --top-k 40 --seed 7 --max-new-tokens 500
+  relora-kit generate --model merged --prompt 'Once' --json")]
+pub struct Args {
+    /// The checkpoint
+    #[arg(long, value_name = "CKPT")]
+    model: PathBuf,
+    /// The text to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Tokens to add at most
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    max_new_tokens: usize,
+    /// Divides the logits before the draw; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw among the K most likely tokens (0: among all)
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Seed of the draw
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object at the end: prompt, text, tokens, finish
+    #[arg(long)]
+    json: bool,
+    /// What to compute on
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: String,
+}
+
+impl Args {
+    pub(super) fn run(self, _progress: &Progress) -> Result<Outcome> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return Err(Error::request(format!("--temperature is {}, expected 0 or more", self.temperature)));
+        }
+        let model = Model::load(Cpu, &Checkpoint::open(&self.model)?)?;
+        let options = Options {
+            max_new_tokens: self.max_new_tokens,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            seed: self.seed,
+        };
+        if self.json {
+            let generated = generate(&model, &self.prompt, &options, &mut |_| Ok(()))?;
+            let json = serde_json::to_string_pretty(&generated).map_err(|e| Error::world(e.to_string()))?;
+            report::print(&(json + "\n"))?;
+            return Ok(Outcome::Yes);
+        }
+        let mut prompt = Some(self.prompt.as_str());
+        generate(&model, &self.prompt, &options, &mut |piece| {
+            report::print(prompt.take().unwrap_or_default())?;
+            report::print(piece)
+        })?;
+        report::print("\n")?;
+        Ok(Outcome::Yes)
+    }
+}

@@ -1,0 +1,197 @@
+//! Text from a model: a prompt, and what the model makes of it.
+
+use crate::{
+    error::{Error, Result},
+    interrupt,
+    model::Model,
+    ops::Device,
+    tokenize::{END_OF_DOCUMENT, VOCAB_SIZE},
+};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+use serde::Serialize;
+
+/// How the next token is chosen.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Tokens to add at most.
+    pub max_new_tokens: usize,
+    /// Logits are divided by this; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Only this many of the most likely tokens are candidates; 0 takes all.
+    pub top_k: usize,
+    /// Seed of the draw.
+    pub seed: u64,
+}
+
+/// Why it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// As many tokens as were asked for.
+    Length,
+    /// The model ended the document.
+    EndOfDocument,
+    /// The model's longest sequence.
+    Context,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Generated {
+    /// The text it began with.
+    pub prompt: String,
+    /// What the model added; bytes that are no UTF-8 are replaced.
+    pub text: String,
+    /// The same as ids.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// Continues `prompt` with the byte tokenizer; `each` sees every new piece of text as soon as it is complete.
+pub fn generate<D: Device>(
+    model: &Model<D>,
+    prompt: &str,
+    options: &Options,
+    each: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Generated> {
+    let config = model.config();
+    if config.vocab_size > VOCAB_SIZE {
+        return Err(Error::request(format!(
+            "the model has a vocabulary of {} ids; the byte tokenizer has {VOCAB_SIZE}",
+            config.vocab_size
+        ))
+        .help("only models trained on bytes (`relora-kit tokenize`) can generate"));
+    }
+    if prompt.is_empty() || prompt.len() >= config.max_position_embeddings {
+        return Err(Error::request(format!(
+            "the prompt has {} bytes, expected 1 to {} (max_position_embeddings - 1)",
+            prompt.len(),
+            config.max_position_embeddings - 1
+        )));
+    }
+    let mut decoder = model.decoder()?;
+    let mut logits = Vec::new();
+    for byte in prompt.bytes() {
+        interrupt::check()?;
+        logits = decoder.push(byte.into())?;
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+    let (mut tokens, mut text, mut pending) = (Vec::new(), String::new(), Vec::new());
+    let finish = loop {
+        if tokens.len() == options.max_new_tokens {
+            break Finish::Length;
+        }
+        let token = choose(&logits, options, &mut rng);
+        tokens.push(token);
+        if token == u32::from(END_OF_DOCUMENT) {
+            break Finish::EndOfDocument;
+        }
+        pending.push(token as u8);
+        let piece = complete(&mut pending);
+        if !piece.is_empty() {
+            each(&piece)?;
+            text.push_str(&piece);
+        }
+        if decoder.len() == config.max_position_embeddings {
+            break Finish::Context;
+        }
+        interrupt::check()?;
+        logits = decoder.push(token)?;
+    };
+    if !pending.is_empty() {
+        each("\u{fffd}")?;
+        text.push('\u{fffd}');
+    }
+    Ok(Generated { prompt: prompt.to_owned(), text, tokens, finish })
+}
+
+/// Takes the characters that are complete off the front; bytes that cannot become one are replaced.
+fn complete(pending: &mut Vec<u8>) -> String {
+    let mut text = String::new();
+    loop {
+        match std::str::from_utf8(pending) {
+            Ok(whole) => {
+                text.push_str(whole);
+                pending.clear();
+                return text;
+            }
+            Err(e) => {
+                text.push_str(&String::from_utf8_lossy(&pending[..e.valid_up_to()]));
+                match e.error_len() {
+                    None => {
+                        pending.drain(..e.valid_up_to());
+                        return text;
+                    }
+                    Some(bad) => {
+                        text.push('\u{fffd}');
+                        pending.drain(..e.valid_up_to() + bad);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The most likely token, or one drawn from the `top_k` most likely with their probabilities.
+fn choose(logits: &[f32], options: &Options, rng: &mut ChaCha8Rng) -> u32 {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    // The first of equals wins, whatever the sort does with them.
+    order.sort_unstable_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    if options.temperature == 0.0 {
+        return order[0] as u32;
+    }
+    if options.top_k > 0 {
+        order.truncate(options.top_k);
+    }
+    let top = f64::from(logits[order[0]]);
+    let weights: Vec<f64> = order.iter().map(|&i| ((f64::from(logits[i]) - top) / options.temperature).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let mut at = (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
+    for (i, w) in order.iter().zip(&weights) {
+        at -= w;
+        if at < 0.0 {
+            return *i as u32;
+        }
+    }
+    order[order.len() - 1] as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(temperature: f64, top_k: usize) -> Options {
+        Options { max_new_tokens: 5, temperature, top_k, seed: 1 }
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities_of_the_candidates() {
+        let logits = [0.0, 3f32.ln(), 1f32.ln() - 50.0, 4f32.ln()];
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut counts = [0; 4];
+        for _ in 0..8000 {
+            counts[choose(&logits, &options(1.0, 0), &mut rng) as usize] += 1;
+        }
+        // Shares 1/8, 3/8, 0, 4/8; standard deviations 30, 43, 45.
+        assert!((counts[0] - 1000i32).abs() < 150 && (counts[1] - 3000).abs() < 215 && counts[2] == 0, "{counts:?}");
+        let top_two: Vec<u32> = (0..100).map(|_| choose(&logits, &options(1.0, 2), &mut rng)).collect();
+        assert!(top_two.iter().all(|t| [1, 3].contains(t)) && top_two.contains(&1));
+        assert_eq!(choose(&logits, &options(0.0, 0), &mut rng), 3);
+    }
+
+    #[test]
+    fn characters_of_several_bytes_wait_until_they_are_complete() {
+        let mut pending = Vec::new();
+        let mut pieces = Vec::new();
+        for byte in b"a\xc3\xa9\xff\xe2\x82" {
+            pending.push(*byte);
+            pieces.push(complete(&mut pending));
+        }
+        assert_eq!(pieces, ["a", "", "\u{e9}", "\u{fffd}", "", ""]);
+        assert_eq!(pending, b"\xe2\x82");
+    }
+}
