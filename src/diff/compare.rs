@@ -148,34 +148,35 @@ impl Scratch {
         for (i, (a, b)) in chunks.enumerate() {
             let (at, n) = (first + i * CHUNK, a.len() / size_a);
             all.unlike |= a != b;
+            let max = all.max;
             all.add(if dtype_a == Dtype::F64 || dtype_b == Dtype::F64 {
                 let [x, y] = &mut self.doubles;
                 x.resize(n, 0.0);
                 y.resize(n, 0.0);
                 dtype::decode_f64(dtype_a, a, x)?;
                 dtype::decode_f64(dtype_b, b, y)?;
-                chunk(x, y, at, atol, rtol)
+                chunk(x, y, at, max, atol, rtol)
             } else {
                 let [x, y] = &mut self.singles;
                 x.resize(n, 0.0);
                 y.resize(n, 0.0);
                 dtype::decode_f32(dtype_a, a, x)?;
                 dtype::decode_f32(dtype_b, b, y)?;
-                chunk(x, y, at, atol, rtol)
+                chunk(x, y, at, max, atol, rtol)
             });
         }
         Ok(all)
     }
 }
 
-/// A chunk with the flat index `first` of its first value. The index of the maximum is looked for only where there is
-/// one, and values that are not finite take a path of their own.
-fn chunk<T: Copy + Into<f64>>(a: &[T], b: &[T], first: usize, atol: f64, rtol: f64) -> Sums {
+/// A chunk with the flat index `first` of its first value. The index of its maximum is looked for only where it exceeds
+/// `max`, and values that are not finite take a path of their own.
+fn chunk<T: Copy + Into<f64>>(a: &[T], b: &[T], first: usize, max: f64, atol: f64, rtol: f64) -> Sums {
     let mut sums = fast(a, b, atol, rtol);
     if !(sums.aa.is_finite() && sums.bb.is_finite()) {
         return careful(a, b, first, atol, rtol);
     }
-    if sums.max > 0.0 {
+    if sums.max > max {
         let at = a.iter().zip(b).position(|(&a, &b)| (a.into() - b.into()).abs() == sums.max);
         sums.max_at = first + at.unwrap_or(0);
     }
@@ -269,7 +270,7 @@ mod tests {
         let a: Vec<f32> = (0..999).map(|i| (i as f32 * 0.7).sin()).collect();
         let b: Vec<f32> =
             a.iter().enumerate().map(|(i, x)| x + if i % 10 == 3 { i as f32 * 1e-4 } else { 0.0 }).collect();
-        let (x, y) = (chunk(&a, &b, 5, 1e-3, 1e-3), careful(&a, &b, 5, 1e-3, 1e-3));
+        let (x, y) = (chunk(&a, &b, 5, 0.0, 1e-3, 1e-3), careful(&a, &b, 5, 1e-3, 1e-3));
         assert_eq!((x.max, x.max_at, x.beyond, x.non_finite), (y.max, y.max_at, y.beyond, 0));
         assert_eq!(x.max_at, 5 + 993);
         for (x, y) in [(x.aa, y.aa), (x.bb, y.bb), (x.ab, y.ab), (x.dd, y.dd)] {
@@ -280,7 +281,7 @@ mod tests {
     #[test]
     fn nan_equals_nan_and_infinity_itself_but_nothing_else() {
         let (nan, inf) = (f32::NAN, f32::INFINITY);
-        let sums = chunk(&[nan, inf, inf, nan, 1.0, 2.0], &[nan, inf, -inf, 1.0, 1.0, 2.5], 0, 0.0, 0.0);
+        let sums = chunk(&[nan, inf, inf, nan, 1.0, 2.0], &[nan, inf, -inf, 1.0, 1.0, 2.5], 0, 0.0, 0.0, 0.0);
         assert_eq!((sums.non_finite, sums.beyond, sums.max, sums.max_at), (2, 1, 0.5, 5));
     }
 }
