@@ -30,7 +30,7 @@ pub enum Format {
     Json,
     /// Comma-separated rows with a header line (the first table of the report).
     Csv,
-    /// Tables for a pull request or an issue.
+    /// For a pull request or an issue: the verdict, then the tables, long ones folded.
     Markdown,
 }
 
@@ -61,15 +61,14 @@ pub fn render(report: &impl Report, format: Format) -> Result<String> {
                 out = table.to_csv();
             }
         }
-        Format::Table | Format::Markdown => {
-            for table in report.tables() {
-                out += &if format == Format::Table { table.to_text() } else { table.to_markdown() };
-                out.push('\n');
-            }
-            for remark in report.remarks() {
-                out += &remark;
-                out += if format == Format::Table { "\n" } else { "\n\n" };
-            }
+        Format::Table => {
+            report.tables().iter().for_each(|table| out += &(table.to_text() + "\n"));
+            report.remarks().iter().for_each(|remark| out += &(remark.clone() + "\n"));
+        }
+        // A comment is read from the top, and nobody scrolls through it.
+        Format::Markdown => {
+            report.remarks().iter().for_each(|remark| out += &(remark.clone() + "\n\n"));
+            report.tables().iter().for_each(|table| out += &(table.to_markdown() + "\n"));
         }
     }
     Ok(out)

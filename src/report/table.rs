@@ -2,6 +2,9 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, presets};
 
+/// Longer tables are folded in Markdown.
+const FOLDED: usize = 32;
+
 /// A titled table of strings. Columns whose cells all look like numbers are right-aligned.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
@@ -44,7 +47,7 @@ impl Table {
         if self.title.is_empty() { body } else { format!("{}\n{body}", self.title) }
     }
 
-    /// A GitHub-flavoured Markdown table.
+    /// A GitHub-flavoured Markdown table; one of more than [`FOLDED`] rows opens on a click.
     pub fn to_markdown(&self) -> String {
         let line = |cells: &[String]| {
             format!("| {} |\n", cells.iter().map(|c| c.replace('|', "\\|")).collect::<Vec<_>>().join(" | "))
@@ -55,7 +58,12 @@ impl Table {
             (0..self.header.len()).map(|i| if self.is_numeric(i) { "---:".into() } else { "---".into() }).collect();
         out += &line(&rule);
         self.rows.iter().for_each(|row| out += &line(row));
-        out
+        match self.rows.len() {
+            n if n > FOLDED => {
+                format!("<details><summary>{n} rows: {}</summary>\n\n{out}\n</details>\n", self.header[0])
+            }
+            _ => out,
+        }
     }
 
     /// RFC 4180, without the title.
@@ -89,5 +97,7 @@ mod tests {
         assert_eq!(table.to_text(), "T\n name   n\n a,b    1\n c|d   20\n");
         assert_eq!(table.to_markdown(), "**T**\n\n| name | n |\n| --- | ---: |\n| a,b | 1 |\n| c\\|d | 20 |\n");
         assert_eq!(table.to_csv(), "name,n\n\"a,b\",1\nc|d,20\n");
+        (0..FOLDED).for_each(|i| table.row(vec![i.to_string(), "3".into()]));
+        assert!(table.to_markdown().starts_with("<details><summary>34 rows: name</summary>\n\n**T**"));
     }
 }

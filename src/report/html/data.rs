@@ -72,6 +72,12 @@ pub fn modules(s: &Spectrum) -> Vec<String> {
     kinds
 }
 
+/// Module kinds with a change to draw, and those without any.
+pub fn changed_modules(s: &Spectrum) -> (Vec<String>, Vec<String>) {
+    let changed = |kind: &String| s.totals().any(|m| m.module == *kind && m.measures.spectral_norm > 0.0);
+    modules(s).into_iter().partition(changed)
+}
+
 /// Layers down, module kinds across. Every cell says its number, so the colour is not needed to read it.
 pub fn heat_map(s: &Spectrum, label: &str) -> String {
     let of_label: Vec<&Matrix> = s.totals().filter(|m| m.label == label).collect();

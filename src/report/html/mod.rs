@@ -131,19 +131,25 @@ fn cycles(s: &Spectrum) -> Result<String> {
 fn histograms(s: &Spectrum) -> Result<String> {
     let series = data::Series::all(s);
     let mut figures = String::new();
-    for module in data::modules(s) {
+    let (changed, unchanged) = data::changed_modules(s);
+    for module in changed {
         figures += &figure(&charts::histogram(&module, &series)?);
     }
-    let text = "How many singular values of the update fall where, over all layers; the count is on a logarithmic axis. \
-                An update of low rank has nearly all of them at zero.";
+    let mut text =
+        "How many singular values of the update fall where, over all layers; the count is on a logarithmic axis. \
+                    An update of low rank has nearly all of them at zero."
+            .to_owned();
+    if !unchanged.is_empty() {
+        text += &format!(" Not changed at all: {}.", unchanged.join(", "));
+    }
     let legend: Vec<String> = series.iter().map(|s| s.name.clone()).collect();
-    Ok(section("Singular values per module kind", text, &legend, &figures))
+    Ok(section("Singular values per module kind", &escape(&text), &legend, &figures))
 }
 
 fn scree(s: &Spectrum) -> Result<String> {
     let series = data::Series::all(s);
     let mut figures = String::new();
-    for module in data::modules(s) {
+    for module in data::changed_modules(s).0 {
         figures += &figure(&charts::scree(&module, &series)?);
     }
     let text = "Singular values relative to the largest, in their order (median over the layers). The dashed line is the \
