@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod convert;
 pub mod delta;
 pub mod diff;
+pub mod extract;
 pub mod inspect;
 pub mod merge;
 pub mod pickle;

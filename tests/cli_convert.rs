@@ -117,6 +117,15 @@ fn damaged(name: &str, offset: usize, with: &[u8]) -> tempfile::NamedTempFile {
 }
 
 #[test]
+fn a_vocabulary_with_unknown_rules_is_left_out_with_the_reason() {
+    let other = damaged("tokenizer.ggml.pre", 18 + 4 + 8, b"smolly");
+    let (_dir, output, report) = convert(other.path(), &[]);
+    let reason = report["left_out"][0].as_str().unwrap();
+    assert!(reason.contains("no tokenizer was written") && reason.contains("'smolly'"), "{reason}");
+    assert_eq!(entries(&output), ["config.json", "generation_config.json", "model.safetensors"]);
+}
+
+#[test]
 fn a_gguf_that_is_no_llama_is_refused_by_name() {
     let other = damaged("general.architecture", 20 + 4 + 8, b"bloom");
     convert_refused(other.path(), &["general.architecture is 'bloom'", "supported: llama"]);

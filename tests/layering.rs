@@ -23,6 +23,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("run", &[]),
     ("convert", &["checkpoint", "merge", "pickle"]),
     ("diff", &["adapter", "checkpoint", "delta"]),
+    ("extract", &["adapter", "checkpoint", "delta"]),
     ("inspect", &["adapter", "checkpoint", "delta"]),
     ("merge", &["adapter", "checkpoint", "delta"]),
     ("spectrum", &["adapter", "checkpoint", "delta", "run"]),
@@ -37,6 +38,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "convert",
             "diff",
+            "extract",
             "inspect",
             "merge",
             "ops",

@@ -44,8 +44,8 @@ pub fn save(folder: &Path, config: &AdapterConfig, modules: &[NewModule]) -> Res
     save_with(folder, config, modules, &[], &BTreeMap::new())
 }
 
-/// [`save`], with parameters trained in full, whose modules become the configuration's `modules_to_save`, and metadata of
-/// the tensor file.
+/// [`save`], with parameters trained in full, whose modules become the configuration's `modules_to_save` unless it names
+/// some, and metadata of the tensor file.
 pub fn save_with(
     folder: &Path,
     config: &AdapterConfig,
@@ -82,7 +82,7 @@ pub fn save_with(
         specs.push(TensorSpec { name: names::key_full(t.name), dtype: Dtype::F32, shape: t.shape.to_vec() });
     }
     let mut config = config.clone();
-    if !full.is_empty() {
+    if !full.is_empty() && config.modules_to_save.is_none() {
         config.modules_to_save = Some(modules_of(full));
     }
     config.write(&folder.join(CONFIG_NAME))?;

@@ -4,6 +4,7 @@ mod completions;
 mod convert;
 mod diff;
 mod eval;
+mod extract;
 mod generate;
 mod inspect;
 mod merge;
@@ -86,6 +87,7 @@ enum Command {
     Train(train::Args),
     Tokenize(tokenize::Args),
     Eval(eval::Args),
+    Extract(extract::Args),
     Convert(convert::Args),
     Generate(generate::Args),
     Completions(completions::Args),
@@ -162,6 +164,7 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
         Command::Generate(args) => args.run(&progress),
         Command::Inspect(args) => args.run(&progress),
         Command::Diff(args) => args.run(&progress),
+        Command::Extract(args) => args.run(&progress),
         Command::Convert(args) => args.run(&progress),
         Command::Completions(args) => args.run(&mut Cli::command()),
     }

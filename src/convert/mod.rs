@@ -57,8 +57,8 @@ trait Source: Sync {
     fn granule(&self, tensor: usize) -> usize;
     /// Elements of a tensor, in the bytes of the output.
     fn read(&self, tensor: usize, elements: Range<usize>) -> Result<Vec<u8>>;
-    /// Writes the files beside the weights; returns sentences about what was left out.
-    fn companions(&self, folder: &Path) -> Result<Vec<String>>;
+    /// Writes the files beside the weights; returns sentences about what was left out, and warns of what a user may miss.
+    fn companions(&self, folder: &Path, progress: &Progress) -> Result<Vec<String>>;
 }
 
 /// The result of a conversion.
@@ -107,8 +107,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ConvertReport> {
     let source = open(options)?;
     let specs: Vec<_> = source.tensors().iter().map(|t| t.spec.clone()).collect();
     let staged = StagedDir::create(&options.output, options.force)?;
-    let left_out = source.companions(staged.path())?;
-    left_out.iter().for_each(|what| progress.warn(what));
+    let left_out = source.companions(staged.path(), progress)?;
     let metadata = BTreeMap::from([
         // What `transformers` insists on.
         ("format".to_owned(), "pt".to_owned()),

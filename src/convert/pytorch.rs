@@ -6,6 +6,7 @@ use crate::{
     error::{Error, Result},
     merge::companions::{self, ConfigChanges},
     pickle::{PickledFile, PickledTensor},
+    progress::Progress,
 };
 use serde_json::Value;
 use std::{
@@ -117,7 +118,7 @@ impl Source for PytorchSource {
         Ok(out)
     }
 
-    fn companions(&self, folder: &Path) -> Result<Vec<String>> {
+    fn companions(&self, folder: &Path, _: &Progress) -> Result<Vec<String>> {
         if let Some(from) = &self.folder {
             companions::copy(from, folder, &ConfigChanges { dtype: self.dtype, untie: false })?;
         }

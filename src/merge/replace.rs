@@ -77,7 +77,9 @@ impl<'a> Matcher<'a> {
             let place = self.places[&tied.input];
             self.expect_shape(place, adapter, &tensor)?;
             // The shared matrix, stored once more.
-            if part == Part::Base {
+            let again =
+                |(other, part, t): (&str, Part, Tensor)| part == Part::Full && other != name && same_bytes(&t, &tensor);
+            if part == Part::Base || keeps_tied(adapter) && adapter.others().any(again) {
                 return Ok(true);
             }
             self.plan.config.untie = true;
@@ -120,8 +122,7 @@ impl<'a> Matcher<'a> {
     /// A saved embedding leaves the head as it was, which therefore has to be stored; unless the adapter keeps them tied.
     fn untie_head(&mut self, adapter: &Adapter, place: usize) {
         let Some(tied) = self.tied.clone() else { return };
-        let keeps = adapter.config().other.get("ensure_weight_tying") == Some(&Value::Bool(true));
-        if self.places[&tied.input] != place || keeps || self.places.contains_key(&tied.head) {
+        if self.places[&tied.input] != place || keeps_tied(adapter) || self.places.contains_key(&tied.head) {
             return;
         }
         if adapter.others().any(|(name, part, _)| part == Part::Full && tied.is_head(name)) {
@@ -164,6 +165,10 @@ impl<'a> Matcher<'a> {
     }
 }
 
+fn keeps_tied(adapter: &Adapter) -> bool {
+    adapter.config().other.get("ensure_weight_tying") == Some(&Value::Bool(true))
+}
+
 fn same_bytes(a: &Tensor, b: &Tensor) -> bool {
     a.dtype() == b.dtype() && a.bytes() == b.bytes()
 }
@@ -186,5 +191,5 @@ fn is_saved_module(adapter: &Adapter, name: &str) -> bool {
     let classifies = config.task_type.as_deref().is_some_and(|t| t.ends_with("_CLS") || t == "QUESTION_ANS");
     let saved = config.modules_to_save.iter().flatten().map(String::as_str);
     let implied = CLASSIFICATION_HEADS.into_iter().filter(|_| classifies);
-    saved.chain(implied).any(|module| name.split('.').any(|component| component == module))
+    saved.chain(implied).any(|module| format!(".{name}.").contains(&format!(".{module}.")))
 }

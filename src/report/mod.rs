@@ -2,6 +2,7 @@
 
 mod convert;
 mod diff;
+mod extract;
 pub mod html;
 mod inspect;
 mod merge;

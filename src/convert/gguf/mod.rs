@@ -15,6 +15,7 @@ use super::{Planned, Source};
 use crate::{
     checkpoint::{Dtype, TensorSpec, dtype},
     error::{Error, Result},
+    progress::Progress,
 };
 use llama::{Llama, Place};
 use reader::{Gguf, TensorInfo};
@@ -87,7 +88,7 @@ impl Source for GgufSource {
         Ok(dtype::encode_f32(spec.dtype, &values)?.into_owned())
     }
 
-    fn companions(&self, folder: &Path) -> Result<Vec<String>> {
+    fn companions(&self, folder: &Path, progress: &Progress) -> Result<Vec<String>> {
         let weights = super::commonest_dtype(&self.planned);
         let (config, generation) = self.model.configs(&self.file, weights)?;
         let mut files = vec![("config.json", config), ("generation_config.json", generation)];
@@ -97,7 +98,10 @@ impl Source for GgufSource {
                 files.push(("tokenizer.json", tokenizer.tokenizer));
                 files.push(("tokenizer_config.json", tokenizer.config));
             }
-            Err(reason) => left_out.push(format!("no tokenizer was written: {reason}")),
+            Err(reason) => {
+                left_out.push(format!("no tokenizer was written: {reason}"));
+                progress.warn(&left_out[0]);
+            }
         }
         for (name, value) in files {
             let path = folder.join(name);

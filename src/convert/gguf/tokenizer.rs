@@ -23,6 +23,9 @@ pub(super) struct Vocabulary<'a> {
     pub file: &'a Gguf,
 }
 
+/// Bytes of a token. Llama 3's longest has 128; the merges of a longer one would take a time that grows with its square.
+const MAX_TOKEN: usize = 512;
+
 /// ggml's token types.
 pub(super) const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
@@ -47,6 +50,9 @@ pub fn build(file: &Gguf, vocabulary: usize) -> Result<std::result::Result<Token
     let Some(tokens) = file.texts("tokenizer.ggml.tokens")? else { return Ok(Err("the file holds no tokens".into())) };
     if tokens.len() > vocabulary {
         return Ok(Err(format!("it has {} tokens, the embedding only {vocabulary}", tokens.len())));
+    }
+    if let Some(token) = tokens.iter().find(|t| t.len() > MAX_TOKEN) {
+        return Ok(Err(format!("a token of {} bytes is longer than any known one ({MAX_TOKEN})", token.len())));
     }
     let mut seen = HashSet::with_capacity(tokens.len());
     if let Some(twice) = tokens.iter().find(|t| !seen.insert(t.as_str())) {
