@@ -301,6 +301,39 @@ fn a_saved_head_or_embedding_of_a_tied_model_unties_it() {
 }
 
 #[test]
+fn low_rank_factors_of_a_tied_head_alone_untie_it() {
+    let small = Small::new();
+    let base = small.path("base");
+    fs::write(base.join("config.json"), r#"{"tie_word_embeddings": true}"#).unwrap();
+    let embedding = ("model.embed_tokens.weight", "F32", &[4, 3][..], f32_bytes(&[1.0; 12]));
+    write_tensors(&base.join("model.safetensors"), &[embedding]);
+    small.write_adapter("lm_head", 2, 4, 3, &[0.5; 6], &[0.25; 8]);
+    let (code, _, stderr) = run(small.args(&[]));
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stderr.contains("changes 'lm_head.weight' but not the embedding it is tied to"), "{stderr}");
+    let out = small.path("out");
+    // 1 + 2 * (2 * 0.25 * 0.5)
+    assert_eq!(values(&out, "lm_head.weight"), [1.5; 12]);
+    assert_eq!(values(&out, "model.embed_tokens.weight"), [1.0; 12]);
+    let config = fs::read_to_string(out.join("config.json")).unwrap();
+    assert!(config.contains("\"tie_word_embeddings\": false"), "{config}");
+}
+
+#[test]
+fn factors_of_a_convolution_are_refused_by_name() {
+    let small = Small::new();
+    let key = |factor: &str| format!("base_model.model.conv1.lora_{factor}.weight");
+    write_tensors(
+        &small.path("adapter").join("adapter_model.safetensors"),
+        &[
+            (&key("A"), "F32", &[2, 3, 3, 3], f32_bytes(&[0.5; 54])),
+            (&key("B"), "F32", &[4, 2, 1, 1], f32_bytes(&[0.25; 8])),
+        ],
+    );
+    small.refuses(&["'conv1'", "is a convolution", "[2, 3, 3, 3]", "help: merge this adapter with PEFT"]);
+}
+
+#[test]
 fn an_embedding_that_stays_tied_is_stored_once() {
     let config =
         serde_json::json!({"peft_type": "LORA", "modules_to_save": ["embed_tokens"], "ensure_weight_tying": true});

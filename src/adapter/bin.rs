@@ -11,6 +11,9 @@ use std::{collections::BTreeMap, fs::File, os::fd::AsRawFd, path::Path};
 /// The name older versions of PEFT gave the tensors.
 pub const BIN_NAME: &str = "adapter_model.bin";
 
+/// How many times as large as its file an adapter may become: tied modules share a tensor.
+const MAX_SHARED: u64 = 4;
+
 /// Rewrites the tensors of `path` as safetensors, in memory, and opens these under the name of `path`.
 pub(super) fn open(path: &Path) -> Result<TensorFile> {
     let pickled = PickledFile::open(path)?;
@@ -25,6 +28,14 @@ pub(super) fn open(path: &Path) -> Result<TensorFile> {
             )));
         }
         specs.push(TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() });
+    }
+    let (needed, stored) = (specs.iter().map(TensorSpec::bytes).sum::<u64>(), pickled.file_bytes());
+    if needed > MAX_SHARED * stored {
+        return Err(Error::request(format!(
+            "the tensors of '{}' share their bytes: written out they take {needed} bytes, the file has {stored}",
+            path.display()
+        ))
+        .help("no adapter does that: download or save it again"));
     }
     let memory = memfd_create("adapter", MemfdFlags::CLOEXEC).map_err(|e| Error::io("copy", path, e.into()))?;
     let place = format!("/proc/self/fd/{}", memory.as_raw_fd());

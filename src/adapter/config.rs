@@ -1,7 +1,10 @@
 //! `adapter_config.json`, and the crate's only definition of a LoRA scaling.
 
 use super::pattern::PatternMap;
-use crate::error::{Error, Result};
+use crate::{
+    checkpoint::read_text,
+    error::{Error, Result},
+};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::{fs, path::Path};
@@ -109,9 +112,8 @@ impl AdapterConfig {
 
     /// Reads `adapter_config.json`.
     pub fn open(path: &Path) -> Result<AdapterConfig> {
-        let text = fs::read(path).map_err(|e| {
-            Error::io("read", path, e).help("name a folder with adapter_config.json and adapter_model.safetensors")
-        })?;
+        let text = read_text(path)
+            .map_err(|e| e.help("name a folder with adapter_config.json and adapter_model.safetensors"))?;
         serde_json::from_slice(&text).map_err(|e| {
             Error::request(format!("'{}' is not a valid adapter configuration: {e}", path.display()))
                 .help("save the adapter again with PEFT's save_pretrained")

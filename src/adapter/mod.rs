@@ -127,6 +127,16 @@ impl Adapter {
             }
             _ => return Err(bad("expected one A and one B factor, found only part of them".into())),
         };
+        if a.shape().len() > 2 {
+            return Err(Error::request(format!(
+                "module '{name}' in '{}' is a convolution, of which A {:?} and B {:?} are the factors: only linear layers and \
+                 embeddings are supported",
+                self.file.path().display(),
+                a.shape(),
+                b.shape()
+            ))
+            .help("merge this adapter with PEFT"));
+        }
         let (&[r, n], &[m, r_b]) = (a.shape(), b.shape()) else {
             return Err(bad(format!("expected matrices A and B, found shapes {:?} and {:?}", a.shape(), b.shape())));
         };

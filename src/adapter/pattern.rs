@@ -1,12 +1,15 @@
 //! `rank_pattern` and `alpha_pattern`: numbers by regular expressions over module names.
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{Error as _, MapAccess, Visitor},
     ser::SerializeMap,
 };
 use std::fmt;
+
+/// Bytes of one compiled pattern.
+const MAX_REGEX: usize = 1 << 20;
 
 /// Patterns in the order of the JSON object; the first that matches a module name decides.
 ///
@@ -30,7 +33,8 @@ impl PatternMap {
 
     /// Appends a pattern.
     pub fn push(&mut self, key: &str, value: f64) -> Result<(), regex::Error> {
-        let regex = Regex::new(&format!(r"^(?:(?:.*\.)?(?:{key}))$"))?;
+        // A few bytes of repetitions can ask for any amount of memory.
+        let regex = RegexBuilder::new(&format!(r"^(?:(?:.*\.)?(?:{key}))$")).size_limit(MAX_REGEX).build()?;
         self.entries.push((key.to_owned(), regex, value));
         Ok(())
     }

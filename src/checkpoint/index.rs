@@ -5,7 +5,6 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     path::Path,
 };
 
@@ -25,7 +24,7 @@ pub struct Index {
 impl Index {
     /// Opens the shards that the index at `path` names, and checks that index and shards agree.
     pub fn open_shards(path: &Path) -> Result<Vec<TensorFile>> {
-        let text = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let text = super::read_text(path)?;
         let index: Index = serde_json::from_slice(&text).map_err(|e| {
             Error::request(format!("'{}' is not a valid shard index: {e}", path.display()))
                 .help("download the index again")

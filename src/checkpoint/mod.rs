@@ -18,8 +18,24 @@ pub use writer::{TensorSpec, Writer};
 use crate::error::{Error, Result};
 use std::{
     collections::HashMap,
+    fs::File,
+    io::Read,
     path::{Path, PathBuf},
 };
+
+/// Bytes of the largest configuration or index that is read.
+const MAX_TEXT: u64 = 100_000_000;
+
+/// Reads a configuration or an index whole; a file that is too large for one is refused before it fills the memory.
+pub fn read_text(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_TEXT + 1).read_to_end(&mut bytes));
+    read.map_err(|e| Error::io("read", path, e))?;
+    if bytes.len() as u64 > MAX_TEXT {
+        return Err(Error::request(format!("'{}' is larger than {MAX_TEXT} bytes, expected a text", path.display())));
+    }
+    Ok(bytes)
+}
 
 /// The name Hugging Face gives a model in one file.
 pub const MODEL_NAME: &str = "model.safetensors";

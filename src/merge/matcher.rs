@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     adapter::{Adapter, Module, ModuleKind, Part},
-    checkpoint::{Checkpoint, Dtype, Tensor, dtype},
+    checkpoint::{Checkpoint, Dtype, Tensor, dtype, read_text},
     error::{Error, Result},
 };
 use serde_json::Value;
@@ -28,7 +28,7 @@ pub(super) struct Matcher<'a> {
 
 impl<'a> Matcher<'a> {
     pub(super) fn new(base: &'a Checkpoint, to: Option<Dtype>) -> Result<Matcher<'a>> {
-        let config = base.folder().map(|f| f.join("config.json")).and_then(|path| std::fs::read(path).ok());
+        let config = base.folder().map(|f| f.join("config.json")).and_then(|path| read_text(&path).ok());
         let config = config.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
         let own = own_factors::find(base)?;
         let kept = base.tensors().filter(|t| !own.belongs(t.name()));

@@ -12,6 +12,18 @@ use std::{
 /// Bytes of one pickle stream. A model of a thousand tensors takes some hundred thousand.
 const MAX_BYTES: u64 = 1 << 25;
 
+/// Characters of a name: of a class, a storage, a tensor. A few bytes of a pickle can repeat a name that it remembers.
+const MAX_NAME: usize = 1000;
+
+/// Axes of a tensor: a few bytes can repeat a shape.
+const MAX_AXES: usize = 16;
+
+/// Arguments of a call that are looked at.
+const MAX_ARGUMENTS: usize = 16;
+
+/// Dictionaries around a state dict.
+const MAX_DEPTH: usize = 4;
+
 /// A storage as the pickle describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct StorageRef {
@@ -126,15 +138,15 @@ impl<'a> Machine<'a> {
             b'U' | b'C' => self.bytes(1)?,
             b'c' => {
                 let name = format!("{}.{}", self.line()?, self.line()?);
-                Value::Global(self.keep(name))
+                self.global(name)?
             }
             0x93 => {
                 let (name, module) = (self.pop()?, self.pop()?);
                 let (Value::Text(name), Value::Text(module)) = (name, module) else {
                     return Err("a global without a name".into());
                 };
-                let name = format!("{}.{}", self.texts[module], self.texts[name]);
-                Value::Global(self.keep(name))
+                let (module, name) = (self.name(module)?, self.name(name)?);
+                self.global(format!("{module}.{name}"))?
             }
             b')' | b']' => self.list(Vec::new()),
             b'}' | 0x8f => self.dict(Vec::new()),
@@ -206,10 +218,10 @@ impl<'a> Machine<'a> {
 
     /// What a call would make, without calling anything.
     fn call(&mut self, callable: Value, arguments: Value) -> Outcome<Value> {
-        let Value::Global(name) = callable else { return Ok(self.other("the result of a call".into())) };
-        let name = self.texts[name].clone();
-        let arguments = match arguments {
-            Value::List(i) => self.lists[i].clone(),
+        let Value::Global(global) = callable else { return Ok(self.other("the result of a call".into())) };
+        let name = self.texts[global].clone();
+        let arguments: Vec<Value> = match arguments {
+            Value::List(i) => self.lists[i].iter().take(MAX_ARGUMENTS).copied().collect(),
             _ => return Err("a call without arguments".into()),
         };
         match (name.as_str(), &arguments[..]) {
@@ -233,7 +245,7 @@ impl<'a> Machine<'a> {
             {
                 self.call(function, arguments)
             }
-            _ => Ok(self.other(format!("'{name}'"))),
+            _ => Ok(Value::Other(global)),
         }
     }
 
@@ -249,7 +261,7 @@ impl<'a> Machine<'a> {
             return Err(format!("an unknown kind of storage, '{}'", self.texts[kind]));
         }
         let elements = u64::try_from(elements).map_err(|_| format!("a storage of {elements} elements"))?;
-        let storage = StorageRef { class: self.texts[class].clone(), key: self.texts[key].clone(), elements };
+        let storage = StorageRef { class: self.texts[class].clone(), key: self.name(key)?.to_owned(), elements };
         // Views of one storage describe it again.
         let next = self.storages.len();
         let place = *self.known.entry(storage.clone()).or_insert(next);
@@ -265,33 +277,43 @@ impl<'a> Machine<'a> {
             Value::Int(n) => usize::try_from(n).map_err(|_| format!("an extent or stride of {n}")),
             _ => Err("a shape that is no list of numbers".to_owned()),
         };
-        self.lists[list].iter().map(extent).collect()
+        let list = &self.lists[list];
+        if list.len() > MAX_AXES {
+            return Err(format!("a tensor of {} axes", list.len()));
+        }
+        list.iter().map(extent).collect()
     }
 
     /// The tensors of a state dict, or of the one below `state_dict`, `model_state_dict`, `model` or `module`.
     pub fn state_dict(&self, value: Value) -> Outcome<Vec<(String, TensorRef)>> {
+        self.state_dict_below(value, MAX_DEPTH)
+    }
+
+    fn state_dict_below(&self, value: Value, depth: usize) -> Outcome<Vec<(String, TensorRef)>> {
         let Value::Dict(dict) = value else { return Err("it holds no dictionary of tensors".into()) };
         let is_tensor = |v: &Value| matches!(v, Value::Tensor(_));
         let entries = &self.dicts[dict];
         if !entries.iter().any(|(_, v)| is_tensor(v)) {
             for name in ["state_dict", "model_state_dict", "model", "module"] {
+                // A dictionary may hold itself.
                 if let Some(Value::Dict(inner)) = self.item(value, name)
+                    && depth > 0
                     && self.dicts[inner].iter().any(|(_, v)| matches!(v, Value::Tensor(_) | Value::Other(_)))
                 {
-                    return self.state_dict(Value::Dict(inner));
+                    return self.state_dict_below(Value::Dict(inner), depth - 1);
                 }
             }
             let other =
-                entries.iter().find_map(|e| if let (_, Value::Other(i)) = e { Some(&self.texts[*i]) } else { None });
+                entries.iter().find_map(|e| if let (_, Value::Other(i)) = e { Some(self.quoted(*i)) } else { None });
             let found = other.map_or(String::new(), |what| format!(", but {what}"));
             return Err(format!("it holds no dictionary of tensors{found}"));
         }
         let entry = |&(key, value): &(Value, Value)| {
             let Value::Text(key) = key else { return Err("a key of its dictionary is no text".to_owned()) };
-            let key = &self.texts[key];
+            let key = self.name(key)?;
             match value {
-                Value::Tensor(t) => Ok((key.clone(), self.tensors[t].clone())),
-                Value::Other(what) => Err(format!("'{key}' is {}, expected a tensor", self.texts[what])),
+                Value::Tensor(t) => Ok((key.to_owned(), self.tensors[t].clone())),
+                Value::Other(what) => Err(format!("'{key}' is {}, expected a tensor", self.quoted(what))),
                 _ => Err(format!("'{key}' is no tensor")),
             }
         };
@@ -362,6 +384,25 @@ impl<'a> Machine<'a> {
                 [byte] => line.push(byte),
             }
         }
+    }
+
+    fn global(&mut self, name: String) -> Outcome<Value> {
+        match name.len() <= 2 * MAX_NAME {
+            true => Ok(Value::Global(self.keep(name))),
+            false => Err(format!("a name of {} bytes", name.len())),
+        }
+    }
+
+    /// A description as it is, the name of a class in quotes.
+    fn quoted(&self, what: usize) -> String {
+        let text = &self.texts[what];
+        if text.contains(' ') { text.clone() } else { format!("'{text}'") }
+    }
+
+    /// A text that is used as a name.
+    fn name(&self, text: usize) -> Outcome<&str> {
+        let name = &self.texts[text];
+        if name.len() <= MAX_NAME { Ok(name) } else { Err(format!("a name of {} bytes", name.len())) }
     }
 
     fn keep(&mut self, text: String) -> usize {

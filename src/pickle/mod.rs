@@ -73,6 +73,7 @@ impl PickledTensor {
 pub struct PickledFile {
     path: PathBuf,
     file: File,
+    len: u64,
     tensors: Vec<PickledTensor>,
 }
 
@@ -81,6 +82,7 @@ impl PickledFile {
     pub fn open(path: &Path) -> Result<PickledFile> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let found = layout::read(&file, path).map_err(|what| bad(path, what))?;
+        let len = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let mut names = HashSet::new();
         let mut tensors = Vec::with_capacity(found.tensors.len());
         for (name, tensor) in found.tensors {
@@ -90,12 +92,17 @@ impl PickledFile {
             let tensor = place(&name, tensor, &found.storages, &found.places);
             tensors.push(tensor.map_err(|what| bad(path, format!("tensor '{name}' {what}")))?);
         }
-        Ok(PickledFile { path: path.to_owned(), file, tensors })
+        Ok(PickledFile { path: path.to_owned(), file, len, tensors })
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.len
     }
 
     /// In the order of the state dict.
