@@ -32,6 +32,12 @@ pub struct Manifest {
     pub mode: String,
     /// Seed of initialisation, shuffling and restarts.
     pub seed: u64,
+    /// Updates that the model had seen before this run.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub first_step: u64,
+    /// Whether merged weights were rounded by chance (bf16), so that they may be off by a whole unit in the last place.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stochastic_rounding: bool,
     /// Training data: path, and sha256 of the token shard.
     pub data: BTreeMap<String, Hashed>,
     /// The checkpoint the first cycle started from; absent before the first cycle starts and in `full` mode.
@@ -44,6 +50,10 @@ pub struct Manifest {
     pub checkpoint: Option<CheckpointRecord>,
     /// Whether the last update has been made and its checkpoint written.
     pub finished: bool,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// A file outside the run, and what it was.
@@ -82,6 +92,9 @@ pub struct CycleRecord {
     pub r: usize,
     /// `lora_alpha / r`, or `tanh(scaling)` where it is trained.
     pub scaling: f64,
+    /// Share of the delta that survived the rounding of the weights it was merged into, where these are rounded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<f64>,
     /// File name -> sha256, for every file of the folder.
     pub files: BTreeMap<String, String>,
 }

@@ -118,6 +118,8 @@ fn a_model_warmed_up_before_goes_on_with_its_counters() {
         assert_eq!(two[0][key], one[10][key], "{key}");
     }
     assert_eq!(two[29]["lr"], one[39]["lr"]);
+    let (code, stdout, stderr) = run(["verify".as_ref(), small.path("two").as_os_str()]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
 
     fs::remove_dir_all(warmed.join("training_state")).unwrap();
     let (code, _, stderr) = train(&small, "three", &["train.num_training_steps=20"], &[]);
@@ -168,6 +170,36 @@ fn a_profile_shows_operations_and_leaves_a_trace() {
     assert!(operations.iter().any(|o| o["gflops"].as_f64().is_some_and(|g| g > 0.0)));
     let trace: Value = serde_json::from_slice(&fs::read(small.path("run/profile.json")).unwrap()).unwrap();
     assert!(trace["traceEvents"].as_array().unwrap().len() > 1000);
+}
+
+#[test]
+fn bf16_weights_resume_verify_and_say_what_survived() {
+    let small = SmallRun::new(3);
+    for rounding in ["stochastic", "nearest"] {
+        let rounding_key = format!("train.rounding={rounding}");
+        let set = ["train.dtype=bf16", &rounding_key, "train.save_every=7"];
+        trained(&small, rounding, &set, &[]);
+        let run_dir = small.path(rounding);
+        let (expected, final_model) = (losses(&run_dir), model(&run_dir, 40));
+        let merges: Vec<Value> = rows(&run_dir).into_iter().filter(|r| r.get("retention").is_some()).collect();
+        assert_eq!(merges.iter().map(|m| m["step"].as_u64().unwrap()).collect::<Vec<_>>(), [20, 30, 40]);
+        for merge in merges {
+            // Either way the rounding is as often up as down; nearest keeps what exceeds half a unit.
+            assert!((merge["retention"].as_f64().unwrap() - 1.0).abs() < 0.2, "{merge}");
+        }
+        let verified = || run(["verify".as_ref(), run_dir.as_os_str()]);
+        let (code, stdout, stderr) = verified();
+        assert_eq!(code, 0, "{rounding}: {stdout}{stderr}");
+        let file = relora_kit::checkpoint::Checkpoint::open(&run_dir.join("checkpoints/step-40")).unwrap();
+        assert!(file.tensors().all(|t| t.dtype() == relora_kit::checkpoint::Dtype::BF16));
+
+        die_after(&run_dir, 28);
+        let (code, _, stderr) = run(["train".as_ref(), "--resume".as_ref(), run_dir.as_os_str()]);
+        assert!(code == 0 && stderr.contains("after update 28"), "{stderr}");
+        assert_eq!(losses(&run_dir), expected);
+        assert!(model(&run_dir, 40) == final_model);
+    }
+    assert!(losses(&small.path("nearest")) != losses(&small.path("stochastic")));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     adapter::config::scaling,
-    ops::{Device, Dropout, Mat, MatMut},
+    ops::{Device, Dropout, Mat, MatMut, Rounding},
 };
 
 /// The LoRA hyper-parameters, the same for every target.
@@ -141,6 +141,35 @@ impl<D: Device> Model<D> {
                 self.device.matmul(spec.scaling as f32, b, a, 1.0, target);
             }
         }
+    }
+
+    /// As [`Model::merge_lora`] into weights that bf16 holds, `rounding(i)` for the i-th parameter. Returns the retention:
+    /// the share of the delta that survived, `<dW, round(W + dW) - W> / |dW|²` over all targets; 1 if there is no delta.
+    pub fn merge_lora_into_bf16(&mut self, rounding: impl Fn(usize) -> Rounding) -> f64 {
+        let targets = 0..self.config.num_hidden_layers * TARGETS.len();
+        let weights: Vec<usize> = targets.map(|i| self.layout.weight(i / TARGETS.len(), i % TARGETS.len())).collect();
+        let before: Vec<D::Buffer> = weights
+            .iter()
+            .map(|&at| {
+                let mut copy = self.device.zeros(self.params[at].elements());
+                self.device.copy(&self.params[at].value, &mut copy);
+                copy
+            })
+            .collect();
+        self.merge_lora();
+        let (mut kept, mut whole) = (0.0, 0.0);
+        for (at, mut before) in weights.into_iter().zip(before) {
+            let value = &mut self.params[at].value;
+            let mut delta = self.device.zeros(self.device.len(value));
+            self.device.copy(value, &mut delta);
+            self.device.axpy(-1.0, &before, &mut delta);
+            self.device.round_to_bf16(rounding(at), value);
+            self.device.scale(&mut before, -1.0);
+            self.device.axpy(1.0, value, &mut before);
+            kept += self.device.dot(&delta, &before);
+            whole += self.device.sum_of_squares(&delta);
+        }
+        if whole > 0.0 { kept / whole } else { 1.0 }
     }
 
     /// The `which`-th projection of block `layer`, for batches of `rows` rows.

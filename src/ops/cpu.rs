@@ -1,8 +1,8 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, adamw, attention, cross_entropy, dropout,
-    elementwise, embedding, matmul, rms_norm, rope, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, adamw, attention, cross_entropy, dropout,
+    elementwise, embedding, matmul, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -61,6 +61,10 @@ impl Device for Cpu {
 
     fn copy(&self, x: &Vec<f32>, y: &mut Vec<f32>) {
         elementwise::copy(x, y);
+    }
+
+    fn round_to_bf16(&self, rounding: Rounding, x: &mut Vec<f32>) {
+        round::to_bf16(rounding, x);
     }
 
     fn sum_of_squares(&self, x: &Vec<f32>) -> f64 {

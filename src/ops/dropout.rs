@@ -28,7 +28,7 @@ impl Dropout {
 
 /// Two rounds of Wellons' `lowbias32` (a bijection of 32 bits), one half of the key before each.
 #[inline(always)]
-fn hash(i: u32, key: u64) -> u32 {
+pub(super) fn hash(i: u32, key: u64) -> u32 {
     #[inline(always)]
     fn round(mut x: u32) -> u32 {
         x ^= x >> 16;

@@ -23,6 +23,7 @@ mod matmul;
 mod profiled;
 mod rms_norm;
 mod rope;
+mod round;
 mod swiglu;
 
 pub use adamw::AdamW;
@@ -33,6 +34,7 @@ pub use dropout::Dropout;
 pub use matmul::{Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};
 pub use rope::RopeShape;
+pub use round::Rounding;
 
 use crate::error::Result;
 use std::borrow::Cow;
@@ -71,6 +73,8 @@ pub trait Device: Send + Sync {
     fn axpy(&self, alpha: f32, x: &Self::Buffer, y: &mut Self::Buffer);
     /// `y = x`.
     fn copy(&self, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// Every element to a number that bf16 holds.
+    fn round_to_bf16(&self, rounding: Rounding, x: &mut Self::Buffer);
     /// `sum x²`, in f64.
     fn sum_of_squares(&self, x: &Self::Buffer) -> f64;
     /// `sum x · y`, in f64.

@@ -1,6 +1,6 @@
 //! A device that notes how long each operation of another one takes.
 
-use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape};
+use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding};
 use crate::error::Result;
 use serde::Serialize;
 use std::{
@@ -173,6 +173,10 @@ impl<D: Device> Device for Profiled<D> {
 
     fn copy(&self, x: &D::Buffer, y: &mut D::Buffer) {
         self.time("copy", |d| d.copy(x, y));
+    }
+
+    fn round_to_bf16(&self, rounding: Rounding, x: &mut D::Buffer) {
+        self.time("round to bf16", |d| d.round_to_bf16(rounding, x));
     }
 
     fn sum_of_squares(&self, x: &D::Buffer) -> f64 {

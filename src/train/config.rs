@@ -78,6 +78,28 @@ pub struct DataConfig {
     pub shuffle: bool,
 }
 
+/// The numbers that weights may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightDtype {
+    /// Single precision.
+    #[default]
+    F32,
+    /// bfloat16; everything else stays f32.
+    Bf16,
+}
+
+/// How weights become bf16 after an update or a merge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightRounding {
+    /// By chance, right on average: small updates add up.
+    #[default]
+    Stochastic,
+    /// To the nearest: an update below half a unit in the last place is lost.
+    Nearest,
+}
+
 /// What is trained, and how the weights move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -116,6 +138,13 @@ pub struct TrainConfig {
     /// Updates (numbered as in metrics.jsonl, from 1) whose data are passed over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skip_batches: Vec<u64>,
+    /// `f32`, or `bf16`: weights are rounded to bf16 after every update and merge, and stored as such. Gradients, moments and
+    /// products stay f32.
+    #[serde(default)]
+    pub dtype: WeightDtype,
+    /// With `dtype = "bf16"`: `stochastic` or `nearest`.
+    #[serde(default)]
+    pub rounding: WeightRounding,
     /// Keep only the input of each block for backward, and run its forward again: less memory, a third more work.
     #[serde(default)]
     pub activation_checkpointing: bool,
@@ -587,11 +616,11 @@ mod tests {
 
     #[test]
     fn windows_and_tokens_in_all_set_the_accumulation_and_the_updates() {
-        let config = read(RUN, &["train.total_batch_size=12", "train.max_train_tokens=1.5M"]).unwrap();
-        // 1.5e6 tokens are 1953 updates of 12 windows of 64.
-        assert_eq!((config.train.gradient_accumulation, config.train.num_training_steps), (3, 1953));
+        let config = read(RUN, &["train.total_batch_size=12", "train.max_train_tokens=0.123M"]).unwrap();
+        // 123000 tokens are 160 updates of 12 windows of 64, and some.
+        assert_eq!((config.train.gradient_accumulation, config.train.num_training_steps), (3, 160));
         let back: Config = toml::from_str(&config.to_toml().unwrap()).unwrap();
-        assert_eq!((back.train.gradient_accumulation, back.train.num_training_steps), (3, 1953));
+        assert_eq!((back.train.gradient_accumulation, back.train.num_training_steps), (3, 160));
     }
 
     #[test]

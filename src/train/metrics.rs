@@ -50,6 +50,17 @@ pub struct EvalRow {
     pub eval_tokens: u64,
 }
 
+/// One merge into weights that are rounded.
+#[derive(Clone, Debug, Serialize)]
+pub struct MergeRow {
+    /// Updates made.
+    pub step: u64,
+    /// The cycle that ended.
+    pub merged_cycle: u64,
+    /// `<dW, round(W + dW) - W> / |dW|²` over all merged weights.
+    pub retention: f64,
+}
+
 /// The open files.
 pub struct Metrics {
     path: PathBuf,
@@ -67,6 +78,13 @@ pub trait Row: Serialize {
 
 impl Row for UpdateRow {
     const GROUP: &str = "train";
+    fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+impl Row for MergeRow {
+    const GROUP: &str = "merge";
     fn step(&self) -> u64 {
         self.step
     }

@@ -1,10 +1,10 @@
 //! A run on disk: create or resume the folder, train, save, evaluate, restart, finish.
 
 use super::{
-    config::{Config, Mode},
+    config::{Config, Mode, WeightDtype, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
-    metrics::{EvalRow, Metrics, UpdateRow},
+    metrics::{EvalRow, MergeRow, Metrics, UpdateRow},
     state,
     tokens::{TokenShard, Windows},
     trainer::{Trainer, Update, UpdateOutcome},
@@ -88,6 +88,9 @@ impl<D: Device> Session<D> {
             tool: format!("relora-kit {}", env!("CARGO_PKG_VERSION")),
             mode: serde_name(&config.train.mode),
             seed: config.train.seed,
+            first_step: config.model.warmed_up_steps.unwrap_or(0),
+            stochastic_rounding: config.train.dtype == WeightDtype::Bf16
+                && config.train.rounding == WeightRounding::Stochastic,
             data: hash_data(&config)?,
             base: None,
             cycles: Vec::new(),
@@ -224,7 +227,8 @@ impl<D: Device> Session<D> {
             }
             if self.trainer.restart_is_due() {
                 self.save_cycle()?;
-                self.trainer.restart();
+                let retention = self.trainer.restart();
+                self.note_retention(retention)?;
             }
             self.after_update()?;
         }
@@ -278,7 +282,7 @@ impl<D: Device> Session<D> {
     fn start_cycles(&mut self) -> Result<()> {
         self.trainer.drop_weights_if_lora_only();
         let staged = StagedDir::create(&self.dir.base_path(), true)?;
-        state::save_model(&self.trainer.model, staged.path())?;
+        state::save_model(&self.trainer.model, self.trainer.config().train.dtype, staged.path())?;
         staged.commit()?;
         let files = sha256_folder(&self.dir.base_path())?;
         self.manifest.base = Some(BaseRecord { step: self.trainer.step, files });
@@ -303,8 +307,25 @@ impl<D: Device> Session<D> {
             last_step: self.trainer.step,
             r: spec.r,
             scaling: spec.scaling,
+            retention: None,
             files: sha256_folder(&path)?,
         });
+        self.write_manifest()
+    }
+
+    /// Writes down how much of the delta just merged survived rounding, if it was rounded.
+    fn note_retention(&mut self, retention: Option<f64>) -> Result<()> {
+        let (Some(retention), Some(record)) = (retention, self.manifest.cycles.last_mut()) else { return Ok(()) };
+        record.retention = Some(retention);
+        let row = MergeRow { step: self.trainer.step, merged_cycle: record.cycle, retention };
+        self.metrics.write(&row)?;
+        let line =
+            format!("cycle {}: {:.1}% of the delta survived rounding to bf16", row.merged_cycle, 100.0 * retention);
+        if retention < 0.9 {
+            self.progress.warn(&line)
+        } else {
+            self.progress.detail(&line)
+        }
         self.write_manifest()
     }
 
@@ -365,7 +386,8 @@ impl<D: Device> Session<D> {
         // Without factors, this is a resumed run whose final checkpoint was written before it died.
         if self.trainer.model.lora().is_some() {
             self.save_cycle()?;
-            self.trainer.finish_cycles();
+            let retention = self.trainer.finish_cycles();
+            self.note_retention(retention)?;
         }
         let evaluation = self.evaluate(u64::MAX)?;
         self.save_checkpoint()?;

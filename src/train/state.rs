@@ -8,7 +8,7 @@
 //! step-N/training_state/sha256.json         hashes of all the above
 //! ```
 
-use super::{optim::Moments, trainer::Trainer};
+use super::{config::WeightDtype, optim::Moments, trainer::Trainer};
 use crate::{
     adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
     checkpoint::{Checkpoint, Dtype, TensorFile, TensorSpec, Writer},
@@ -44,10 +44,14 @@ struct Counters {
 }
 
 /// Writes the model as a Hugging Face folder, the current delta merged.
-pub fn save_model<D: Device>(model: &Model<D>, folder: &Path) -> Result<()> {
+pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, folder: &Path) -> Result<()> {
+    let (dtype, dtype_name) = match dtype {
+        WeightDtype::F32 => (Dtype::F32, "float32"),
+        WeightDtype::Bf16 => (Dtype::BF16, "bfloat16"),
+    };
     let stored = || model.params().iter().filter(|p| !p.kind.is_lora());
     let specs: Vec<TensorSpec> =
-        stored().map(|p| TensorSpec { name: p.name.clone(), dtype: Dtype::F32, shape: p.shape.clone() }).collect();
+        stored().map(|p| TensorSpec { name: p.name.clone(), dtype, shape: p.shape.clone() }).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let writer = Writer::create(folder, &specs, 5_000_000_000, &metadata)?;
     for param in stored() {
@@ -55,10 +59,12 @@ pub fn save_model<D: Device>(model: &Model<D>, folder: &Path) -> Result<()> {
         if param.kind == ParamKind::Linear && model.lora().is_some() {
             add_delta(model, &param.name, &param.shape, values.to_mut());
         }
-        writer.write_f32(&param.name, Dtype::F32, &values)?;
+        writer.write_f32(&param.name, dtype, &values)?;
     }
     writer.finish()?;
-    write_json(&folder.join("config.json"), &model.config().to_json())
+    let mut json = model.config().to_json();
+    json["torch_dtype"] = dtype_name.into();
+    write_json(&folder.join("config.json"), &json)
 }
 
 /// `values += scaling * B @ A` for the projection called `name`, on the host.
@@ -119,7 +125,7 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
 /// Writes a checkpoint into `folder`, which exists and is staged.
 pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result<()> {
     let model = &trainer.model;
-    save_model(model, folder)?;
+    save_model(model, trainer.config().train.dtype, folder)?;
     let folder = folder.join(STATE_FOLDER);
     fs::create_dir(&folder).map_err(|e| Error::io("create", &folder, e))?;
     let counters = Counters {
@@ -137,20 +143,23 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
     let mut tensors = Vec::new();
     for param in model.params() {
         if model.lora().is_some() && !matches!(param.kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head) {
-            tensors.push((format!("param.{}", param.name), &param.shape, &param.value));
+            // bf16 weights as such: `verify` reads from the type how they were rounded.
+            let bf16 = trainer.config().train.dtype == WeightDtype::Bf16;
+            let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
+            tensors.push((format!("param.{}", param.name), dtype, &param.shape, &param.value));
         }
         if let Some(moments) = trainer.optimizer.moments.get(&param.name) {
-            tensors.push((format!("exp_avg.{}", param.name), &param.shape, &moments.m));
-            tensors.push((format!("exp_avg_sq.{}", param.name), &param.shape, &moments.v));
+            tensors.push((format!("exp_avg.{}", param.name), Dtype::F32, &param.shape, &moments.m));
+            tensors.push((format!("exp_avg_sq.{}", param.name), Dtype::F32, &param.shape, &moments.v));
         }
     }
     let specs: Vec<_> = tensors
         .iter()
-        .map(|(name, shape, _)| TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: shape.to_vec() })
+        .map(|(name, dtype, shape, _)| TensorSpec { name: name.clone(), dtype: *dtype, shape: shape.to_vec() })
         .collect();
     let writer = Writer::create_file(&folder.join(TENSORS), &specs, &BTreeMap::new())?;
-    for (name, _, buffer) in &tensors {
-        writer.write_f32(name, Dtype::F32, &model.device().view(buffer))?;
+    for (name, dtype, _, buffer) in &tensors {
+        writer.write_f32(name, *dtype, &model.device().view(buffer))?;
     }
     writer.finish()
 }

@@ -4,7 +4,7 @@
 //! A and B; at every restart `W += s B A`, A is drawn anew, B = 0, and the optimiser state of A and B is pruned.
 
 use super::{
-    config::Config,
+    config::{Config, WeightDtype, WeightRounding},
     optim::Optimizer,
     phase::Phase,
     tokens::{TokenShard, Windows, mix},
@@ -12,7 +12,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{LoraSpec, Model, ParamKind},
-    ops::Device,
+    ops::{Device, Rounding},
 };
 
 /// A model in training, and where it is.
@@ -108,6 +108,7 @@ impl<D: Device> Trainer<D> {
             skipped: 0,
             tokens: Vec::new(),
         };
+        trainer.round(|_| true, |_| Rounding::Nearest);
         trainer.model.set_trainable(|_| true);
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
         Ok(trainer)
@@ -176,18 +177,21 @@ impl<D: Device> Trainer<D> {
                 device.fill(&mut p.value, 0.0);
             }
         }
+        self.round(|kind| kind.is_lora(), |_| Rounding::Nearest);
         self.optimizer.retain_trained(&self.model);
         self.cycle = 1;
         self.cycle_start = self.step;
         Ok(())
     }
 
-    /// Ends a cycle and begins the next: merge, draw A anew, B = 0, prune the optimiser state.
-    pub fn restart(&mut self) {
-        self.model.merge_lora();
+    /// Ends a cycle and begins the next: merge, draw A anew, B = 0, prune the optimiser state. Returns the retention of the
+    /// merge, see [`Trainer::finish_cycles`].
+    pub fn restart(&mut self) -> Option<f64> {
+        let retention = self.merge();
         self.cycle += 1;
         self.cycle_start = self.step;
         self.model.reset_lora(self.cycle_seed(self.cycle));
+        self.round(|kind| kind.is_lora(), |_| Rounding::Nearest);
         if let Some(relora) = &self.config.relora {
             if relora.zero_restart_scaling {
                 let (device, params) = self.model.device_and_params_mut();
@@ -196,17 +200,48 @@ impl<D: Device> Trainer<D> {
             }
             self.optimizer.prune_lora(&self.model, relora, self.cycle_seed(self.cycle));
         }
+        retention
     }
 
-    /// Merges the last cycle; the model is an ordinary one again.
-    pub fn finish_cycles(&mut self) {
-        self.model.merge_lora();
+    /// Merges the last cycle; the model is an ordinary one again. With bf16 weights, returns the share of the delta that
+    /// survived their rounding.
+    pub fn finish_cycles(&mut self) -> Option<f64> {
+        let retention = self.merge();
         self.model.remove_lora();
+        retention
+    }
+
+    fn merge(&mut self) -> Option<f64> {
+        match self.config.train.dtype {
+            WeightDtype::F32 => {
+                self.model.merge_lora();
+                None
+            }
+            WeightDtype::Bf16 => {
+                let (mode, seed) = (self.config.train.rounding, self.rounding_seed());
+                Some(self.model.merge_lora_into_bf16(|at| rounding(mode, seed, at)))
+            }
+        }
+    }
+
+    /// With bf16 weights, rounds the parameters of these kinds, each by its place in the list.
+    fn round(&mut self, kinds: impl Fn(ParamKind) -> bool, rounding: impl Fn(usize) -> Rounding) {
+        if self.config.train.dtype == WeightDtype::Bf16 {
+            let (device, params) = self.model.device_and_params_mut();
+            for (at, p) in params.iter_mut().enumerate().filter(|(_, p)| kinds(p.kind)) {
+                device.round_to_bf16(rounding(at), &mut p.value);
+            }
+        }
+    }
+
+    /// Another one after every update.
+    fn rounding_seed(&self) -> u64 {
+        mix(self.config.train.seed ^ mix(self.step ^ (1 << 63)))
     }
 
     /// One update: forward and backward over the batch, clipping, AdamW.
     pub fn update(&mut self) -> Result<Update> {
-        let t = &self.config.train;
+        let t = self.config.train.clone();
         let (batch, accumulation, len) = (t.batch_size, t.gradient_accumulation, self.config.data.max_length);
         let mut sample = self.step * (batch * accumulation) as u64;
         let lr = self.phase().lr_after(self.step);
@@ -228,7 +263,9 @@ impl<D: Device> Trainer<D> {
         let grad_norm = Optimizer::grad_norm(&self.model);
         let applied = loss.is_finite() && grad_norm.is_finite();
         if applied {
-            self.optimizer.update(&mut self.model, lr, clip_factor(grad_norm, t.clip_grad_norm), t);
+            self.optimizer.update(&mut self.model, lr, clip_factor(grad_norm, t.clip_grad_norm), &t);
+            let (mode, seed, low_rank) = (t.rounding, self.rounding_seed(), self.model.lora().is_some());
+            self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
         } else {
             self.skipped += 1;
         }
@@ -260,6 +297,14 @@ impl<D: Device> Trainer<D> {
 
     fn cycle_seed(&self, cycle: u64) -> u64 {
         mix(self.config.train.seed ^ mix(cycle))
+    }
+}
+
+/// How the parameter at this place is rounded.
+fn rounding(mode: WeightRounding, seed: u64, at: usize) -> Rounding {
+    match mode {
+        WeightRounding::Nearest => Rounding::Nearest,
+        WeightRounding::Stochastic => Rounding::Stochastic(mix(seed ^ mix(at as u64))),
     }
 }
 

@@ -60,13 +60,14 @@ fn check_metrics(dir: &RunDir, manifest: &Manifest, findings: &mut Findings) {
         findings.notes.push("metrics.jsonl is not here and was not checked".into());
         return;
     };
-    let mut step = 0;
+    let mut step = manifest.first_step;
     for (line, text) in (1..).zip(text.lines()) {
         let Ok(row) = serde_json::from_str::<Value>(text) else {
             findings.mismatches.push(Mismatch::new(format!("metrics.jsonl line {line}"), "it is not JSON"));
             return;
         };
-        if row.get("eval_loss").is_some() {
+        // Evaluations and merges have rows of their own.
+        if row.get("eval_loss").is_some() || row.get("retention").is_some() {
             continue;
         }
         step += 1;

@@ -6,7 +6,8 @@
 //! `|fl(P) - P| <= g (|scaling| |B| |A|)`, `g = (r + 2) u / (1 - (r + 2) u)` (Higham, "Accuracy and Stability of
 //! Numerical Algorithms", 2nd ed., section 3.1); `(|B| |A|)_ij` is at most the product of the norms of row i of B and
 //! column j of A (Cauchy-Schwarz). Adding it to the weight and storing the result in the checkpoint's dtype rounds
-//! once more, by at most `v |W_k|` with `v` the unit roundoff of that dtype (and half its smallest subnormal number).
+//! once more, by at most `v |W_k|` with `v` the unit roundoff of that dtype (and half its smallest subnormal number);
+//! twice that where the run rounds by chance.
 //! The bound is the sum of these terms over all merges, times 1.01 for the products of roundings.
 
 use super::{Findings, Mismatch};
@@ -84,7 +85,8 @@ pub(super) fn check(
         frozen = super::readable(state, "checkpoint inside a cycle", &mut findings)?;
     }
     let mut jobs = Vec::new();
-    collect(&base, &tuned, frozen.as_ref(), &cycles[..merged], &mut jobs, &mut findings)?;
+    let by_chance = manifest.stochastic_rounding;
+    collect(&base, &tuned, frozen.as_ref(), &cycles[..merged], by_chance, &mut jobs, &mut findings)?;
     // Between cycles nothing moves what the last one stored in full.
     if let Some(last) = cycles[..merged].last().filter(|_| record.step == last_merge) {
         compare_stored_in_full(last, &tuned, &mut findings)?;
@@ -137,6 +139,8 @@ struct Weight<'a> {
     deltas: Vec<(Module<'a>, bool)>,
     /// Whether the weight must equal the recomputed sum.
     adapted: bool,
+    /// Whether the run rounded merged weights by chance: by up to a unit in the last place instead of half of one.
+    by_chance: bool,
 }
 
 /// Pairs the tensors of both checkpoints with the deltas that were merged into them.
@@ -145,6 +149,7 @@ fn collect<'a>(
     tuned: &'a Checkpoint,
     frozen: Option<&'a TensorFile>,
     cycles: &'a [Adapter],
+    by_chance: bool,
     jobs: &mut Vec<Weight<'a>>,
     findings: &mut Findings,
 ) -> Result<()> {
@@ -182,7 +187,7 @@ fn collect<'a>(
         findings.expect(before.shape() == after.shape(), name, || {
             format!("its shape is {:?} in the base but {:?} in the checkpoint", before.shape(), after.shape())
         });
-        jobs.push(Weight { name, base: before, tuned: after, deltas, adapted });
+        jobs.push(Weight { name, base: before, tuned: after, deltas, adapted, by_chance });
     }
     Ok(())
 }
@@ -218,7 +223,7 @@ impl Weight<'_> {
             }
             deltas.push(delta);
         }
-        let rounding = Rounding::of(self.tuned.dtype())?;
+        let rounding = Rounding::of(self.tuned.dtype(), self.by_chance)?;
         let mut worst = Worst::default();
         for first in (0..m).step_by(BLOCK) {
             self.compare_rows(first..m.min(first + BLOCK), n, &deltas, rounding, &mut worst)?;
@@ -322,12 +327,13 @@ struct Rounding {
 }
 
 impl Rounding {
-    fn of(stored: Dtype) -> Result<Rounding> {
+    fn of(stored: Dtype, by_chance: bool) -> Result<Rounding> {
         // The merge itself computes in f32, whatever it is stored in.
         let coarser = if stored == Dtype::F64 { Dtype::F32 } else { stored };
         if !dtype::is_float(coarser) {
             return Err(Error::request(format!("a merged weight is stored as {stored:?}, expected floating point")));
         }
-        Ok(Rounding { relative: dtype::ulp(coarser, 1.0) / 2.0, absolute: dtype::ulp(coarser, 0.0) / 2.0 })
+        let units = if by_chance { 1.0 } else { 0.5 };
+        Ok(Rounding { relative: units * dtype::ulp(coarser, 1.0), absolute: units * dtype::ulp(coarser, 0.0) })
     }
 }

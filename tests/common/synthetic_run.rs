@@ -109,6 +109,8 @@ pub fn write_run(root: &Path, spec: Spec) -> PathBuf {
         fs::remove_file(&data).unwrap();
     }
     let manifest = Manifest {
+        first_step: 0,
+        stochastic_rounding: false,
         schema: 1,
         tool: "relora-kit test".into(),
         mode: "relora".into(),
@@ -149,6 +151,7 @@ fn write_cycle(run: &Path, spec: Spec, cycle: u64, weights: &mut Weights) -> Cyc
         *values = rounded(spec.dtype, &merged);
     }
     CycleRecord {
+        retention: None,
         cycle,
         first_step: 5 + (cycle - 1) * spec.steps_per_cycle,
         last_step: 5 + cycle * spec.steps_per_cycle,
