@@ -11,6 +11,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+/// The one key of a header that names no tensor.
+const METADATA: &str = "__metadata__";
+
 /// What a tensor will look like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
@@ -98,6 +101,13 @@ impl Writer {
     }
 
     fn add_file(&mut self, path: PathBuf, specs: &[&TensorSpec], metadata: &BTreeMap<String, String>) -> Result<()> {
+        if specs.iter().any(|s| s.name == METADATA) {
+            return Err(Error::request(format!(
+                "'{}' cannot hold a tensor called '{METADATA}': safetensors keeps that name for itself",
+                path.display()
+            ))
+            .help("rename the tensor"));
+        }
         let header = encode_header(specs, metadata);
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.map_err(|e| Error::io("create", &path, e))?;
@@ -195,7 +205,7 @@ fn group_by_size(specs: &[TensorSpec], limit: u64) -> Vec<Vec<&TensorSpec>> {
 fn encode_header(specs: &[&TensorSpec], metadata: &BTreeMap<String, String>) -> Vec<u8> {
     let mut entries = serde_json::Map::new();
     if !metadata.is_empty() {
-        entries.insert("__metadata__".into(), serde_json::json!(metadata));
+        entries.insert(METADATA.into(), serde_json::json!(metadata));
     }
     let mut begin = 0;
     for spec in specs {
@@ -229,6 +239,14 @@ mod tests {
         let writer = Writer::create(dir.path(), &[spec("w", Dtype::F32, &[2])], 1 << 30, &BTreeMap::new()).unwrap();
         writer.write("w", 0, &[0; 4]).unwrap();
         assert!(writer.finish().unwrap_err().message.contains("4 of 8 bytes"));
+    }
+
+    #[test]
+    fn the_name_of_the_metadata_is_refused_for_a_tensor() {
+        let dir = tempfile::tempdir().unwrap();
+        let specs = [spec("__metadata__", Dtype::F32, &[2])];
+        let error = Writer::create(dir.path(), &specs, 1 << 30, &BTreeMap::new()).err().unwrap();
+        assert!(error.message.contains("'__metadata__'"), "{}", error.message);
     }
 
     proptest! {
