@@ -5,7 +5,7 @@ use crate::{
     interrupt,
     model::Model,
     ops::Device,
-    tokenize::{END_OF_DOCUMENT, VOCAB_SIZE},
+    tokenize::Tokenizer,
 };
 use rand_chacha::{
     ChaCha8Rng,
@@ -51,87 +51,75 @@ pub struct Generated {
     pub finish: Finish,
 }
 
-/// Continues `prompt` with the byte tokenizer; `each` sees every new piece of text as soon as it is complete.
+/// Continues `prompt`; `each` sees every new piece of text as soon as it is complete.
 pub fn generate<D: Device>(
     model: &Model<D>,
+    tokenizer: &Tokenizer,
     prompt: &str,
     options: &Options,
     each: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<Generated> {
     let config = model.config();
-    if config.vocab_size > VOCAB_SIZE {
+    if config.vocab_size > tokenizer.vocab_size() && matches!(tokenizer, Tokenizer::Bytes) {
         return Err(Error::request(format!(
-            "the model has a vocabulary of {} ids; the byte tokenizer has {VOCAB_SIZE}",
-            config.vocab_size
+            "the model has a vocabulary of {} ids, the byte tokenizer one of {}",
+            config.vocab_size,
+            tokenizer.vocab_size()
         ))
-        .help("only models trained on bytes (`relora-kit tokenize`) can generate"));
+        .help("put the model's tokenizer.json into its folder, or name it with --tokenizer"));
     }
-    if prompt.is_empty() || prompt.len() >= config.max_position_embeddings {
+    let ids = tokenizer.encode(prompt)?;
+    if ids.is_empty() || ids.len() >= config.max_position_embeddings {
         return Err(Error::request(format!(
-            "the prompt has {} bytes, expected 1 to {} (max_position_embeddings - 1)",
-            prompt.len(),
+            "the prompt has {} tokens, expected 1 to {} (max_position_embeddings - 1)",
+            ids.len(),
             config.max_position_embeddings - 1
         )));
     }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        return Err(Error::request(format!("the tokenizer makes id {id}, the model has {} ids", config.vocab_size))
+            .help("the tokenizer belongs to another model"));
+    }
     let mut decoder = model.decoder()?;
     let mut logits = Vec::new();
-    for byte in prompt.bytes() {
+    for id in ids {
         interrupt::check()?;
-        logits = decoder.push(byte.into())?;
+        logits = decoder.push(id)?;
     }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    let (mut tokens, mut text, mut pending) = (Vec::new(), String::new(), Vec::new());
+    let (mut tokens, mut text) = (Vec::new(), String::new());
     let finish = loop {
         if tokens.len() == options.max_new_tokens {
             break Finish::Length;
         }
         let token = choose(&logits, options, &mut rng);
-        tokens.push(token);
-        if token == u32::from(END_OF_DOCUMENT) {
+        if token == tokenizer.end_of_document() {
+            tokens.push(token);
             break Finish::EndOfDocument;
         }
-        pending.push(token as u8);
-        let piece = complete(&mut pending);
-        if !piece.is_empty() {
-            each(&piece)?;
-            text.push_str(&piece);
-        }
+        tokens.push(token);
+        grow(&mut text, &tokenizer.decode(&tokens)?, false, each)?;
         if decoder.len() == config.max_position_embeddings {
             break Finish::Context;
         }
         interrupt::check()?;
         logits = decoder.push(token)?;
     };
-    if !pending.is_empty() {
-        each("\u{fffd}")?;
-        text.push('\u{fffd}');
-    }
+    let shown = tokens.strip_suffix(&[tokenizer.end_of_document()]).unwrap_or(&tokens);
+    grow(&mut text, &tokenizer.decode(shown)?, true, each)?;
     Ok(Generated { prompt: prompt.to_owned(), text, tokens, finish })
 }
 
-/// Takes the characters that are complete off the front; bytes that cannot become one are replaced.
-fn complete(pending: &mut Vec<u8>) -> String {
-    let mut text = String::new();
-    loop {
-        match std::str::from_utf8(pending) {
-            Ok(whole) => {
-                text.push_str(whole);
-                pending.clear();
-                return text;
-            }
-            Err(e) => {
-                text.push_str(&String::from_utf8_lossy(&pending[..e.valid_up_to()]));
-                match e.error_len() {
-                    None => {
-                        pending.drain(..e.valid_up_to());
-                        return text;
-                    }
-                    Some(bad) => {
-                        text.push('\u{fffd}');
-                        pending.drain(..e.valid_up_to() + bad);
-                    }
-                }
-            }
+/// Adds what `decoded` has more than `text`. A character at the end that is not complete (it decodes to U+FFFD) waits for
+/// its other bytes, unless this is the `last` piece.
+fn grow(text: &mut String, decoded: &str, last: bool, each: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
+    let whole = if last { decoded } else { decoded.trim_end_matches('\u{fffd}') };
+    match whole.strip_prefix(text.as_str()) {
+        None | Some("") => Ok(()),
+        Some(piece) => {
+            each(piece)?;
+            text.push_str(piece);
+            Ok(())
         }
     }
 }
@@ -185,13 +173,16 @@ mod tests {
 
     #[test]
     fn characters_of_several_bytes_wait_until_they_are_complete() {
-        let mut pending = Vec::new();
-        let mut pieces = Vec::new();
-        for byte in b"a\xc3\xa9\xff\xe2\x82" {
-            pending.push(*byte);
-            pieces.push(complete(&mut pending));
+        let bytes = b"a\xc3\xa9\xff\xe2\x82";
+        let (mut text, mut pieces) = (String::new(), Vec::new());
+        for end in 1..=bytes.len() {
+            let decoded = String::from_utf8_lossy(&bytes[..end]);
+            let mut each = |piece: &str| {
+                pieces.push(piece.to_owned());
+                Ok(())
+            };
+            grow(&mut text, &decoded, end == bytes.len(), &mut each).unwrap();
         }
-        assert_eq!(pieces, ["a", "", "\u{e9}", "\u{fffd}", "", ""]);
-        assert_eq!(pending, b"\xe2\x82");
+        assert_eq!(pieces, ["a", "\u{e9}", "\u{fffd}\u{fffd}"]);
     }
 }

@@ -32,7 +32,7 @@ fn the_same_seed_gives_the_same_text_and_greedy_needs_none() {
 fn prompts_and_models_that_do_not_fit_are_refused() {
     let small = SmallRun::new(1);
     let model = small.train().join("checkpoints/step-20").display().to_string();
-    refused(["generate", "--model", &model, "--prompt", ""], 2, &["has 0 bytes", "1 to 31"]);
+    refused(["generate", "--model", &model, "--prompt", ""], 2, &["has 0 tokens", "1 to 31"]);
     refused(["generate", "--model", &model, "--prompt", "x", "--temperature=-1"], 2, &["--temperature is -1"]);
     refused(["generate", "--model", "nowhere", "--prompt", "x"], 2, &["nowhere"]);
 }

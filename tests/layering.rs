@@ -56,10 +56,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli", "report"]),
     ("memmap2", &["checkpoint"]),
-    ("indicatif", &["merge", "progress", "report", "train"]),
+    ("indicatif", &["merge", "progress", "report", "tokenize", "train"]),
     ("comfy_table", &["report"]),
     ("candle_core", &["convert"]),
     ("zip", &["pickle"]),
+    ("tokenizers", &["tokenize"]),
+    ("parquet", &["tokenize"]),
+    ("flate2", &["tokenize"]),
+    ("zstd", &["tokenize"]),
 ];
 
 #[test]

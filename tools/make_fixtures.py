@@ -15,6 +15,7 @@ from pathlib import Path
 
 import convert_fixtures
 import numpy as np
+import tokenizer_fixtures
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ def main():
     spectra()
     schedules()
     convert_fixtures.make(OUT)
+    tokenizer_fixtures.make(OUT, TEXT)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-//! One memory-mapped safetensors file. The crate's only mmap.
+//! One memory-mapped safetensors file, or any other. The crate's only mmap.
 
 use super::{
     dtype,
@@ -22,6 +22,36 @@ pub struct TensorFile {
     file: File,
 }
 
+/// A mapped file of any format.
+pub struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl MappedFile {
+    /// Maps `path`.
+    pub fn open(path: &Path) -> Result<MappedFile> {
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        Ok(MappedFile { path: path.to_owned(), map: map(&file, path)? })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its content.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+fn map(file: &File, path: &Path) -> Result<Mmap> {
+    // SAFETY: the map is read-only and private to its owner. The promise that nobody truncates or rewrites the file
+    // while it is mapped is the user's; our own writers keep it by never writing in place (see `staged`).
+    unsafe { Mmap::map(file) }.map_err(|e| Error::io("map", path, e))
+}
+
 impl TensorFile {
     /// Maps `path` and checks its header.
     pub fn open(path: &Path) -> Result<TensorFile> {
@@ -34,9 +64,7 @@ impl TensorFile {
 
     /// Maps an open file and checks its header; errors call it `path`.
     pub fn from_file(file: File, path: &Path) -> Result<TensorFile> {
-        // SAFETY: the map is read-only and private to this struct. The promise that nobody truncates or rewrites the
-        // file while it is mapped is the user's; our own writers keep it by never writing in place (see `staged`).
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
+        let map = map(&file, path)?;
         let header = Header::parse(path, &map)?;
         Ok(TensorFile { path: path.to_owned(), header, map, file })
     }

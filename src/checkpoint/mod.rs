@@ -10,7 +10,7 @@ mod select;
 mod writer;
 
 pub use dtype::Dtype;
-pub use file::{Tensor, TensorFile};
+pub use file::{MappedFile, Tensor, TensorFile};
 pub use index::{INDEX_NAME, Index};
 pub use select::{Filter, natural_key};
 pub use writer::{TensorSpec, Writer};

@@ -24,7 +24,7 @@ pub struct Args {
     /// The checkpoint
     #[arg(long, value_name = "CKPT")]
     model: PathBuf,
-    /// The token shard
+    /// The token shard, or a .bin file of nanoGPT or llm.c
     #[arg(long, value_name = "SHARD")]
     data: PathBuf,
     /// Tokens per window (default: the model's max_position_embeddings)
@@ -46,6 +46,7 @@ pub struct Args {
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         let shard = TokenShard::open(&self.data)?;
+        shard.check_tokenizer(&self.model)?;
         let mut model = Model::load(Cpu, &Checkpoint::open(&self.model)?)?;
         let longest = model.config().max_position_embeddings;
         let max_length = self.max_length.unwrap_or(longest);

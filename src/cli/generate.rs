@@ -9,6 +9,7 @@ use crate::{
     ops::Cpu,
     progress::Progress,
     report,
+    tokenize::Tokenizer,
 };
 use std::path::PathBuf;
 
@@ -27,6 +28,9 @@ pub struct Args {
     /// The text to continue
     #[arg(long, value_name = "TEXT")]
     prompt: String,
+    /// `bytes`, a tokenizer.json, or a folder that holds one [default: the one in the model's folder, else bytes]
+    #[arg(long, value_name = "TOKENIZER")]
+    tokenizer: Option<PathBuf>,
     /// Tokens to add at most
     #[arg(long, value_name = "N", default_value_t = 200)]
     max_new_tokens: usize,
@@ -53,6 +57,13 @@ impl Args {
             return Err(Error::request(format!("--temperature is {}, expected 0 or more", self.temperature)));
         }
         let model = Model::load(Cpu, &Checkpoint::open(&self.model)?)?;
+        let folder = if self.model.is_dir() { &*self.model } else { self.model.parent().unwrap_or(&self.model) };
+        let own = folder.join("tokenizer.json");
+        let tokenizer = match self.tokenizer {
+            Some(path) => Tokenizer::load(&path, None)?,
+            None if own.exists() => Tokenizer::load(&own, None)?,
+            None => Tokenizer::Bytes,
+        };
         let options = Options {
             max_new_tokens: self.max_new_tokens,
             temperature: self.temperature,
@@ -60,13 +71,13 @@ impl Args {
             seed: self.seed,
         };
         if self.json {
-            let generated = generate(&model, &self.prompt, &options, &mut |_| Ok(()))?;
+            let generated = generate(&model, &tokenizer, &self.prompt, &options, &mut |_| Ok(()))?;
             let json = serde_json::to_string_pretty(&generated).map_err(|e| Error::world(e.to_string()))?;
             report::print(&(json + "\n"))?;
             return Ok(Outcome::Yes);
         }
         let mut prompt = Some(self.prompt.as_str());
-        generate(&model, &self.prompt, &options, &mut |piece| {
+        generate(&model, &tokenizer, &self.prompt, &options, &mut |piece| {
             report::print(prompt.take().unwrap_or_default())?;
             report::print(piece)
         })?;

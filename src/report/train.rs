@@ -122,6 +122,7 @@ impl Report for tokenize::Summary {
     fn tables(&self) -> Vec<Table> {
         let rows = vec![
             ("documents", self.documents.to_string()),
+            ("text", bytes(self.text_bytes)),
             ("tokens", self.tokens.to_string()),
             ("tokenizer", self.tokenizer.to_owned()),
             ("vocab_size", self.vocab_size.to_string()),

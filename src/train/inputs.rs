@@ -111,12 +111,22 @@ pub(super) fn open_validation<D: Device>(trainer: &Trainer<D>) -> Result<Option<
     let (shard, windows) = match &data.validation {
         Some(path) => {
             let shard = TokenShard::open(path)?;
-            if shard.vocab_size() != trainer.shard().vocab_size() {
+            let model = trainer.model.config().vocab_size;
+            if shard.vocab_size() > model {
                 return Err(Error::request(format!(
-                    "'{}' has a vocabulary of {} ids, the training shard one of {}",
+                    "'{}' has a vocabulary of {} ids, the model one of {model}",
                     path.display(),
-                    shard.vocab_size(),
-                    trainer.shard().vocab_size()
+                    shard.vocab_size()
+                ))
+                .help("tokenize with the model's tokenizer"));
+            }
+            let hashes = (shard.tokenizer_sha256(), trainer.shard().tokenizer_sha256());
+            if let (Some(a), Some(b)) = hashes
+                && a != b
+            {
+                return Err(Error::request(format!(
+                    "'{}' was made with a tokenizer.json of sha256 {a}, the training shard with one of {b}",
+                    path.display()
                 ))
                 .help("tokenize both with the same tokenizer"));
             }

@@ -2,18 +2,23 @@
 //!
 //! A token shard is a safetensors file with one integer tensor `tokens` (U16 or U32, one dimension); its metadata say
 //! which tokenizer made it and how many different ids there can be. It is memory-mapped like every other checkpoint.
+//! The `.bin` files of nanoGPT (plain u16) and llm.c (a header of 256 i32, then u16 or u32) serve, too.
 
 use crate::{
-    checkpoint::{Dtype, TensorFile},
+    checkpoint::{Dtype, MappedFile, TensorFile},
     error::{Error, Result},
+    run::sha256_file,
 };
+use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize};
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 /// Name of the tensor in a token shard.
 pub const TENSOR: &str = "tokens";
 /// Metadata key: what turned text into ids.
 pub const TOKENIZER: &str = "tokenizer";
+/// Metadata key: sha256 of the `tokenizer.json` that turned text into ids.
+pub const TOKENIZER_SHA256: &str = "tokenizer_sha256";
 /// Metadata key: ids are below this number.
 pub const VOCAB_SIZE: &str = "vocab_size";
 
@@ -48,14 +53,26 @@ impl<'de> Deserialize<'de> for TokenCount {
 
 /// An open token shard.
 pub struct TokenShard {
-    file: TensorFile,
+    source: Source,
+    /// Whether an id takes four bytes instead of two.
+    wide: bool,
     len: usize,
     vocab_size: usize,
+    tokenizer_sha256: Option<String>,
+}
+
+enum Source {
+    Shard(TensorFile),
+    /// The ids lie in this range of the bytes.
+    Bin(MappedFile, Range<usize>),
 }
 
 impl TokenShard {
-    /// Opens and checks a shard made by `relora-kit tokenize`.
+    /// Opens and checks a shard made by `relora-kit tokenize`, or a `.bin` file of nanoGPT or llm.c.
     pub fn open(path: &Path) -> Result<TokenShard> {
+        if path.extension().is_some_and(|e| e == "bin") {
+            return Self::open_bin(path);
+        }
         let file = TensorFile::open(path)?;
         let refuse = |what: String| {
             Error::request(format!("'{}' is not a token shard: {what}", path.display()))
@@ -69,10 +86,67 @@ impl TokenShard {
                 tensor.shape()
             )));
         }
-        let len = tensor.elements();
+        let (len, wide) = (tensor.elements(), tensor.dtype() == Dtype::U32);
         let vocab_size = file.metadata().get(VOCAB_SIZE).and_then(|v| v.parse().ok());
         let vocab_size = vocab_size.ok_or_else(|| refuse(format!("its metadata have no number '{VOCAB_SIZE}'")))?;
-        Ok(TokenShard { file, len, vocab_size })
+        let tokenizer_sha256 = file.metadata().get(TOKENIZER_SHA256).cloned();
+        Ok(TokenShard { source: Source::Shard(file), wide, len, vocab_size, tokenizer_sha256 })
+    }
+
+    /// Such a file does not say how many ids there are: the largest tells.
+    fn open_bin(path: &Path) -> Result<TokenShard> {
+        /// First number of llm.c's header -> whether ids take four bytes.
+        const MAGIC: [(i32, bool); 2] = [(20240520, false), (20240801, true)];
+        const HEADER: usize = 256 * 4;
+        let refuse = |what: String| {
+            Error::request(format!("'{}' is not a file of token ids: {what}", path.display()))
+                .help("expected nanoGPT's plain u16, or llm.c's header of 256 numbers and then u16 or u32")
+        };
+        let file = MappedFile::open(path)?;
+        let bytes = file.bytes();
+        let number = |i: usize| bytes.as_chunks::<4>().0.get(i).map_or(0, |b| i32::from_le_bytes(*b));
+        let headed = MAGIC.iter().find(|(magic, _)| *magic == number(0) && bytes.len() >= HEADER);
+        let (start, wide) = headed.map_or((0, false), |(_, wide)| (HEADER, *wide));
+        let width = if wide { 4 } else { 2 };
+        let len = (bytes.len() - start) / width;
+        if (bytes.len() - start) % width != 0 {
+            return Err(refuse(format!("{} bytes are no whole number of ids", bytes.len() - start)));
+        }
+        if headed.is_some() && number(2) as usize != len {
+            return Err(refuse(format!("its header says {} tokens, the file holds {len}", number(2))));
+        }
+        let ids = &bytes[start..];
+        let largest = if wide {
+            ids.as_chunks::<4>().0.par_iter().map(|b| u32::from_le_bytes(*b)).max()
+        } else {
+            ids.as_chunks::<2>().0.par_iter().map(|b| u32::from(u16::from_le_bytes(*b))).max()
+        };
+        let vocab_size = largest.ok_or_else(|| refuse("it is empty".into()))? as usize + 1;
+        let range = start..bytes.len();
+        Ok(TokenShard { source: Source::Bin(file, range), wide, len, vocab_size, tokenizer_sha256: None })
+    }
+
+    /// Refuses a model that comes with another `tokenizer.json` than the text was tokenized with. What is not known on
+    /// either side cannot be compared.
+    pub fn check_tokenizer(&self, model: &Path) -> Result<()> {
+        let folder = if model.is_dir() { model } else { model.parent().unwrap_or(model) };
+        let path = folder.join("tokenizer.json");
+        let Some(expected) = self.tokenizer_sha256.as_ref().filter(|_| path.exists()) else { return Ok(()) };
+        let found = sha256_file(&path)?;
+        if *expected != found {
+            return Err(Error::request(format!(
+                "'{}' was made with another tokenizer than '{}': its tokenizer.json had sha256 {expected}, this one has {found}",
+                self.path().display(),
+                path.display()
+            ))
+            .help(format!("tokenize again with --tokenizer {}", folder.display())));
+        }
+        Ok(())
+    }
+
+    /// sha256 of the `tokenizer.json` it was made with, if it was.
+    pub fn tokenizer_sha256(&self) -> Option<&str> {
+        self.tokenizer_sha256.as_deref()
     }
 
     /// Number of tokens.
@@ -92,22 +166,25 @@ impl TokenShard {
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.file.path()
+        match &self.source {
+            Source::Shard(file) => file.path(),
+            Source::Bin(file, _) => file.path(),
+        }
     }
 
     /// Appends tokens `first .. first + count` to `out`. Ids that exceed the shard's own vocabulary are refused.
     pub fn read(&self, first: usize, count: usize, out: &mut Vec<u32>) -> Result<()> {
-        let tensor = self.file.tensor_named(TENSOR)?;
+        let bytes = match &self.source {
+            Source::Shard(file) => file.tensor_named(TENSOR)?.bytes(),
+            Source::Bin(file, range) => &file.bytes()[range.clone()],
+        };
         let start = out.len();
-        match tensor.dtype() {
-            Dtype::U16 => {
-                let bytes = &tensor.bytes()[2 * first..2 * (first + count)];
-                out.extend(bytes.as_chunks::<2>().0.iter().map(|b| u32::from(u16::from_le_bytes(*b))));
-            }
-            _ => {
-                let bytes = &tensor.bytes()[4 * first..4 * (first + count)];
-                out.extend(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)));
-            }
+        if self.wide {
+            let bytes = &bytes[4 * first..4 * (first + count)];
+            out.extend(bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)));
+        } else {
+            let bytes = &bytes[2 * first..2 * (first + count)];
+            out.extend(bytes.as_chunks::<2>().0.iter().map(|b| u32::from(u16::from_le_bytes(*b))));
         }
         match out[start..].iter().position(|&id| id as usize >= self.vocab_size) {
             None => Ok(()),
@@ -215,6 +292,36 @@ pub(super) fn mix(x: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bin_files_of_nanogpt_and_llm_c_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.bin");
+        let header = |magic: i32, tokens: i32| -> Vec<u8> {
+            [magic, 1, tokens].into_iter().chain([0; 253]).flat_map(i32::to_le_bytes).collect()
+        };
+        let ids = [5u32, 50256, 0, 7];
+        let narrow: Vec<u8> = ids.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect();
+        let wide: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let files = [narrow.clone(), [header(20240520, 4), narrow].concat(), [header(20240801, 4), wide].concat()];
+        for bytes in files {
+            std::fs::write(&path, bytes).unwrap();
+            let shard = TokenShard::open(&path).unwrap();
+            assert_eq!((shard.len(), shard.vocab_size()), (4, 50257));
+            let mut found = Vec::new();
+            shard.read(1, 3, &mut found).unwrap();
+            assert_eq!(found, ids[1..]);
+        }
+        for (bytes, words) in [
+            (vec![1, 0, 2], "no whole number"),
+            (vec![], "empty"),
+            (header(20240520, 3), "its header says 3 tokens, the file holds 0"),
+        ] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = TokenShard::open(&path).err().unwrap();
+            assert!(error.message.contains(words), "{error}");
+        }
+    }
 
     #[test]
     fn every_epoch_visits_every_window_once_in_another_order() {

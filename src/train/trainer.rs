@@ -75,6 +75,9 @@ impl<D: Device> Trainer<D> {
             ))
             .help("set [model] overrides.vocab_size, or tokenize with the model's tokenizer"));
         }
+        if let Some(folder) = config.model.checkpoint.as_ref().or(config.model.warmed_up_model.as_ref()) {
+            shard.check_tokenizer(folder)?;
+        }
         if config.data.max_length > model.config().max_position_embeddings {
             return Err(Error::request(format!(
                 "data.max_length is {}, the model has max_position_embeddings {}",
