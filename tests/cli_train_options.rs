@@ -142,6 +142,17 @@ fn skipped_batches_change_nothing_and_are_marked() {
 }
 
 #[test]
+fn updates_that_are_not_finite_are_skipped_and_too_many_stop_the_run() {
+    let small = SmallRun::new(1);
+    let (code, _, stderr) = train(&small, "run", &["train.lr=1e30", "warm_start.lr=1e30"], &[]);
+    assert_eq!(code, 3, "{stderr}");
+    assert!(stderr.contains("the update was skipped") && stderr.contains("more than 5% of 20"), "{stderr}");
+    let rows = rows(&small.path("run"));
+    let skipped = rows.iter().filter(|r| r["skipped"] == true).count();
+    assert!(skipped >= 1 && rows.len() < 20, "{skipped} of {}", rows.len());
+}
+
+#[test]
 fn autoresume_starts_goes_on_or_has_nothing_to_do() {
     let small = SmallRun::new(2);
     let set = ["train.save_every=8"];
