@@ -105,7 +105,7 @@ fn the_output_shown_for_the_fixtures_is_the_programs() {
 #[test]
 fn every_configuration_key_is_explained() {
     let page = read("docs/train.md");
-    let source = read("src/train/config.rs");
+    let source = read("src/train/config/mod.rs");
     let source = source.split("fn yes()").next().unwrap();
     let keys = source.lines().filter_map(|l| l.strip_prefix("    pub ")?.split(':').next()).filter(|key| {
         // The sections themselves stand in the headings.
@@ -117,7 +117,7 @@ fn every_configuration_key_is_explained() {
         assert!(page.contains(&format!("`{key}`")) || page.contains(&format!("`[{key}]`")), "docs/train.md: {key}");
         count += 1;
     }
-    assert!(count > 30, "found only {count} keys in src/train/config.rs");
+    assert!(count > 30, "found only {count} keys in src/train/config/mod.rs");
 }
 
 #[test]
