@@ -104,7 +104,8 @@ impl Report for Plan {
     fn remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
         if let Some(peak) = self.configured_peak {
-            remarks.push(format!("The configured run will need {} at its peak.", bytes(peak)));
+            let spare = self.available.map(|n| format!(" This machine has {} to spare.", bytes(n))).unwrap_or_default();
+            remarks.push(format!("The configured run will need {} at its peak.{spare}", bytes(peak)));
         }
         remarks.push(
             "This program trains in f32; bf16 is for comparison: moments in f32, everything else in bf16.".into(),

@@ -56,6 +56,30 @@ pub struct Plan {
     /// Bytes that the configured run will need at its peak: with a warm start, the larger of both parts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configured_peak: Option<u64>,
+    /// Bytes of memory that this machine has to spare now (Linux).
+    pub available: Option<u64>,
+}
+
+/// `MemAvailable` of this machine, in bytes.
+fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?)
+}
+
+/// A sentence about memory, if the machine does not have what the run will take.
+pub(super) fn shortage(config: &Config) -> Result<Option<String>> {
+    let plan = plan(config, &[])?;
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    Ok(plan.configured_peak.zip(plan.available).filter(|(peak, available)| peak > available).map(
+        |(peak, available)| {
+            format!(
+                "training will take about {:.1} GiB of memory, this machine has {:.1} GiB to spare; see train --plan",
+                gib(peak),
+                gib(available)
+            )
+        },
+    ))
 }
 
 /// Plans the configured model, or these presets (`all`: every one) with the batch and rank of `config`.
@@ -119,5 +143,30 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
         activation_checkpointing: t.activation_checkpointing,
         needs: all.collect(),
         configured_peak,
+        available: available_memory(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn config(preset: &str, batch_size: usize) -> Config {
+        let text = format!(
+            "[model]\npreset = \"{preset}\"\n[data]\ntrain = \"t\"\nmax_length = 512\n[train]\nmode = \"full\"\n\
+             batch_size = {batch_size}\nnum_training_steps = 9\nlr = 1e-3\nscheduler = \"constant\"\n"
+        );
+        Config::parse(&text, Path::new("test.toml"), &[]).unwrap()
+    }
+
+    #[test]
+    fn a_run_that_does_not_fit_is_announced() {
+        // Terabytes of activations, whatever machine this is; and 0.3 GiB.
+        let large = shortage(&config("llama_7b", 4096)).unwrap();
+        if available_memory().is_some() {
+            assert!(large.is_some_and(|warning| warning.contains("GiB to spare")));
+        }
+        assert_eq!(shortage(&config("llama_9m", 1)).unwrap(), None);
+    }
 }

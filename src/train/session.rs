@@ -5,6 +5,7 @@ use super::{
     evaluate::{Evaluation, evaluate},
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, MergeRow, Metrics, UpdateRow},
+    plan::shortage,
     state,
     tokens::{TokenShard, Windows},
     trainer::{Trainer, Update, UpdateOutcome},
@@ -79,6 +80,9 @@ impl<D: Device> Session<D> {
                 .help(format!("choose another, or go on with: relora-kit train --resume {}", dir.display())));
         }
         resolve_warm_up(&mut config, progress)?;
+        if let Some(warning) = shortage(&config)? {
+            progress.warn(&warning);
+        }
         let shard = TokenShard::open(&config.data.train)?;
         let model = initial_model(device, &config)?;
         let trainer = Trainer::new(config.clone(), model, shard)?;
