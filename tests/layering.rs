@@ -57,7 +57,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli", "report"]),
     ("memmap2", &["checkpoint"]),
     ("indicatif", &["merge", "progress", "report", "tokenize", "train"]),
-    ("comfy_table", &["report"]),
+    ("unicode_width", &["report"]),
     ("candle_core", &["convert"]),
     ("zip", &["pickle"]),
     ("tokenizers", &["tokenize"]),

@@ -1,6 +1,7 @@
 //! One table, three renderings.
 
-use comfy_table::{CellAlignment, ContentArrangement, presets};
+use std::borrow::Cow;
+use unicode_width::UnicodeWidthStr;
 
 /// Longer tables are folded in Markdown.
 const FOLDED: usize = 32;
@@ -30,21 +31,27 @@ impl Table {
 
     /// Aligned columns.
     pub fn to_text(&self) -> String {
-        let mut table = comfy_table::Table::new();
-        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-        if self.header.iter().any(|name| !name.is_empty()) {
-            table.set_header(&self.header);
-        }
-        table.add_rows(&self.rows);
-        for i in 0..self.header.len() {
-            if self.is_numeric(i)
-                && let Some(column) = table.column_mut(i)
-            {
-                column.set_cell_alignment(CellAlignment::Right);
+        let shown = |cells: &[String]| cells.iter().map(|c| printable(c).into_owned()).collect::<Vec<_>>();
+        let named = self.header.iter().any(|name| !name.is_empty());
+        let lines: Vec<Vec<String>> =
+            named.then_some(&self.header).into_iter().chain(&self.rows).map(|cells| shown(cells)).collect();
+        let columns: Vec<(usize, bool)> = (0..self.header.len())
+            .map(|i| (lines.iter().map(|cells| cells[i].width()).max().unwrap_or(0), self.is_numeric(i)))
+            .collect();
+        let mut body = if self.title.is_empty() { String::new() } else { format!("{}\n", self.title) };
+        for cells in &lines {
+            let start = body.len();
+            for (cell, (width, to_the_right)) in cells.iter().zip(&columns) {
+                let space = " ".repeat(width - cell.width());
+                let (before, after) = if *to_the_right { (&space[..], "") } else { ("", &space[..]) };
+                for part in [" ", before, cell, after, " "] {
+                    body += part;
+                }
             }
+            body.truncate(start + body[start..].trim_end().len());
+            body += "\n";
         }
-        let body: String = table.lines().map(|line| line.trim_end().to_owned() + "\n").collect();
-        if self.title.is_empty() { body } else { format!("{}\n{body}", self.title) }
+        body
     }
 
     /// A GitHub-flavoured Markdown table; one of more than [`FOLDED`] rows opens on a click.
@@ -85,6 +92,11 @@ impl Table {
     }
 }
 
+/// A name in a file of somebody else may hold line breaks and commands for the terminal.
+fn printable(cell: &str) -> Cow<'_, str> {
+    if cell.contains(char::is_control) { cell.replace(char::is_control, "\u{fffd}").into() } else { cell.into() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +111,14 @@ mod tests {
         assert_eq!(table.to_csv(), "name,n\n\"a,b\",1\nc|d,20\n");
         (0..FOLDED).for_each(|i| table.row(vec![i.to_string(), "3".into()]));
         assert!(table.to_markdown().starts_with("<details><summary>34 rows: name</summary>\n\n**T**"));
+    }
+
+    #[test]
+    fn columns_align_whatever_is_in_the_cells() {
+        let mut table = Table::new("", &["name", "n"]);
+        table.row(vec!["\u{1b}[2Jgone\n".into(), "1".into()]);
+        table.row(vec!["".into(), "".into()]);
+        table.row(vec!["模型".into(), "-20".into()]);
+        assert_eq!(table.to_text(), " name       n\n \u{fffd}[2Jgone\u{fffd}  1\n\n 模型       -20\n");
     }
 }
