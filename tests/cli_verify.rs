@@ -4,7 +4,7 @@ mod common;
 #[path = "common/synthetic_run.rs"]
 mod synthetic_run;
 
-use common::{refused, run};
+use common::{refused, run, small_run::SmallRun};
 use relora_kit::{
     adapter::AdapterConfig,
     checkpoint::{Checkpoint, Dtype},
@@ -260,6 +260,27 @@ fn a_checkpoint_inside_a_cycle_is_verified_by_its_frozen_weights() {
     frozen.values_mut().next().unwrap().1[0] += 1.0;
     write_state(&frozen);
     caught(&path, &["rounding allows", "at [0, 0]"]);
+}
+
+#[test]
+fn a_run_of_a_tied_model_stores_the_head_twice_as_peft_expects_and_verifies() {
+    let small = SmallRun::new(1);
+    let config = fs::read_to_string(small.path("run.toml")).unwrap();
+    fs::write(
+        small.path("run.toml"),
+        config.replace("vocab_size = 257", "vocab_size = 257\ntie_word_embeddings = true"),
+    )
+    .unwrap();
+    let run = small.train();
+    let adapter =
+        relora_kit::checkpoint::TensorFile::open(&run.join("cycles/cycle-001/adapter_model.safetensors")).unwrap();
+    let stored =
+        |name: &str| adapter.tensor_named(&format!("base_model.model.{name}.weight")).unwrap().bytes().to_vec();
+    assert_eq!(stored("lm_head"), stored("model.embed_tokens"));
+    let config = fs::read_to_string(run.join("cycles/cycle-001/adapter_config.json")).unwrap();
+    assert!(config.contains("\"ensure_weight_tying\": true") && !config.contains("lm_head"));
+    let (code, text) = verify(&run);
+    assert_eq!(code, 0, "{text}");
 }
 
 #[test]

@@ -83,7 +83,11 @@ pub fn save_with(
     }
     let mut config = config.clone();
     if !full.is_empty() && config.modules_to_save.is_none() {
-        config.modules_to_save = Some(modules_of(full));
+        let tied = config.other.get("ensure_weight_tying") == Some(&true.into());
+        let mut modules = modules_of(full);
+        // PEFT adds a tied head itself.
+        modules.retain(|module| !tied || module != "lm_head");
+        config.modules_to_save = Some(modules);
     }
     config.write(&folder.join(CONFIG_NAME))?;
     let mut metadata = metadata.clone();

@@ -81,6 +81,9 @@ fn add_delta<D: Device>(model: &Model<D>, name: &str, shape: &[usize], values: &
     }
 }
 
+/// Name of the head, also where it shares the embedding's values.
+const HEAD: &str = "lm_head.weight";
+
 /// Writes A and B of the current cycle as a PEFT adapter, and along with them the parameters that are trained in full, as
 /// they are at its end: the base with all cycles merged is the final checkpoint. A trained scaling goes into B, so that PEFT
 /// merges the same delta with `lora_alpha / r`.
@@ -113,9 +116,12 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
     let is_full = |kind| matches!(kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head);
     let values: Vec<_> =
         model.params().iter().filter(|p| is_full(p.kind)).map(|p| (p, model.device().view(&p.value))).collect();
-    let full: Vec<FullTensor> =
+    let mut full: Vec<FullTensor> =
         values.iter().map(|(p, values)| FullTensor { name: &p.name, shape: &p.shape, values }).collect();
     if model.config().tie_word_embeddings {
+        // PEFT looks for the head's values under its own name, too.
+        let embedding = values.iter().zip(&full).find(|((p, _), _)| p.kind == ParamKind::Embedding);
+        full.extend(embedding.map(|(_, tensor)| FullTensor { name: HEAD, ..*tensor }));
         config.other.insert("ensure_weight_tying".into(), true.into());
     }
     let metadata = BTreeMap::from([(CYCLE_KEY.to_owned(), cycle.to_string())]);

@@ -118,7 +118,10 @@ fn compare_stored_in_full(cycle: &Adapter, tuned: &Checkpoint, findings: &mut Fi
         if part != Part::Full {
             continue;
         }
-        let Some(after) = tuned.get(name) else {
+        // A tied head is stored under its own name as well.
+        let tied = name == "lm_head.weight" && cycle.config().other.get("ensure_weight_tying") == Some(&true.into());
+        let held = if tied && tuned.get(name).is_none() { "model.embed_tokens.weight" } else { name };
+        let Some(after) = tuned.get(held) else {
             findings
                 .mismatches
                 .push(Mismatch::new(name, "the last cycle stores it but the checkpoint does not hold it"));
