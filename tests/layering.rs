@@ -57,7 +57,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli", "report"]),
     ("memmap2", &["checkpoint"]),
     ("indicatif", &["merge", "progress", "report", "tokenize", "train"]),
-    ("unicode_width", &["report"]),
+    ("comfy_table", &["report"]),
     ("candle_core", &["convert"]),
     ("zip", &["pickle"]),
     ("tokenizers", &["tokenize"]),

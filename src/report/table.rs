@@ -1,7 +1,7 @@
 //! One table, three renderings.
 
+use comfy_table::{CellAlignment, ContentArrangement, presets};
 use std::borrow::Cow;
-use unicode_width::UnicodeWidthStr;
 
 /// Longer tables are folded in Markdown.
 const FOLDED: usize = 32;
@@ -31,27 +31,21 @@ impl Table {
 
     /// Aligned columns.
     pub fn to_text(&self) -> String {
-        let shown = |cells: &[String]| cells.iter().map(|c| printable(c).into_owned()).collect::<Vec<_>>();
-        let named = self.header.iter().any(|name| !name.is_empty());
-        let lines: Vec<Vec<String>> =
-            named.then_some(&self.header).into_iter().chain(&self.rows).map(|cells| shown(cells)).collect();
-        let columns: Vec<(usize, bool)> = (0..self.header.len())
-            .map(|i| (lines.iter().map(|cells| cells[i].width()).max().unwrap_or(0), self.is_numeric(i)))
-            .collect();
-        let mut body = if self.title.is_empty() { String::new() } else { format!("{}\n", self.title) };
-        for cells in &lines {
-            let start = body.len();
-            for (cell, (width, to_the_right)) in cells.iter().zip(&columns) {
-                let space = " ".repeat(width - cell.width());
-                let (before, after) = if *to_the_right { (&space[..], "") } else { ("", &space[..]) };
-                for part in [" ", before, cell, after, " "] {
-                    body += part;
-                }
-            }
-            body.truncate(start + body[start..].trim_end().len());
-            body += "\n";
+        let mut table = comfy_table::Table::new();
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        if self.header.iter().any(|name| !name.is_empty()) {
+            table.set_header(&self.header);
         }
-        body
+        table.add_rows(self.rows.iter().map(|cells| cells.iter().map(|cell| printable(cell))));
+        for i in 0..self.header.len() {
+            if self.is_numeric(i)
+                && let Some(column) = table.column_mut(i)
+            {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        let body: String = table.lines().map(|line| line.trim_end().to_owned() + "\n").collect();
+        if self.title.is_empty() { body } else { format!("{}\n{body}", self.title) }
     }
 
     /// A GitHub-flavoured Markdown table; one of more than [`FOLDED`] rows opens on a click.
