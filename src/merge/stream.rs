@@ -33,7 +33,7 @@ const BLOCK: usize = 1 << 19;
 const COPY: u64 = 16 << 20;
 
 /// After so many bytes the disk is told to take what has been written, so that the sync at the end finds little left.
-const WRITE_BACK: u64 = 256 << 20;
+const WRITE_BACK: u64 = 32 << 20;
 
 /// A piece of work: rows of a changed tensor, or bytes of a copied one.
 enum Piece {
