@@ -76,7 +76,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ExtractReport> {
     let report = report(options, &plan, &factors, rest);
     if !options.save_rest && !report.left_out.is_empty() {
         progress.warn(&format!(
-            "{} changed tensors are left out, first: '{}'; --save-rest stores them in full",
+            "left out {} of the changed tensors, first: '{}'; --save-rest stores them in full",
             report.left_out.len(),
             report.left_out[0].name
         ));

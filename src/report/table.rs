@@ -48,7 +48,7 @@ impl Table {
         if self.title.is_empty() { body } else { format!("{}\n{body}", self.title) }
     }
 
-    /// A GitHub-flavoured Markdown table; one of more than [`FOLDED`] rows opens on a click.
+    /// A GitHub-flavoured Markdown table; a long one opens on a click.
     pub fn to_markdown(&self) -> String {
         let line = |cells: &[String]| {
             format!("| {} |\n", cells.iter().map(|c| c.replace('|', "\\|")).collect::<Vec<_>>().join(" | "))
