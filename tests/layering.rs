@@ -31,7 +31,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ops", &[]),
     ("model", &["ops", "adapter", "checkpoint"]),
     ("generate", &["model", "ops", "tokenize"]),
-    ("tokenize", &["checkpoint", "train"]),
+    ("tokenize", &["run", "train"]),
     ("train", &["model", "ops", "adapter", "checkpoint", "run"]),
     (
         "report",

@@ -44,8 +44,9 @@ enum Piece {
 /// Writes every tensor of the plan. Returns the sums of each, in the plan's order.
 pub(super) fn run(plan: &Plan, rounding: Rounding, writer: &Writer, progress: &Progress) -> Result<Vec<Sums>> {
     let pieces = split(plan);
-    let states: Vec<State> =
-        plan.outputs.iter().enumerate().map(|(i, _)| State::new(pieces.iter().filter(|p| p.0 == i).count())).collect();
+    let mut counts = vec![0; plan.outputs.len()];
+    pieces.iter().for_each(|(i, _)| counts[*i] += 1);
+    let states = counts.into_iter().map(State::new).collect();
     let total = plan.outputs.iter().map(|o| o.spec.bytes()).sum();
     let bar = progress.bytes("merging", total);
     let job = Job { plan, rounding, pieces, states, writer, next: AtomicUsize::new(0), bar };

@@ -1,7 +1,7 @@
 //! Many matrices over the worker threads: the most costly first, one per thread, within a bound on memory.
 //!
 //! A symmetric eigenproblem gains little from a second thread, so several matrices are never sped up by giving each
-//! more threads; a single one gets them all, inside BLAS.
+//! more threads; a single one gets them all, inside BLAS, where products are large enough to gain from it.
 
 use crate::{error::Result, interrupt, threads};
 use std::sync::{

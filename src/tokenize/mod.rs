@@ -126,10 +126,7 @@ impl Job<'_> {
             return Ok(true);
         };
         if text.len() as u64 > self.left {
-            let mut end = self.left as usize;
-            while !text.is_char_boundary(end) {
-                end -= 1;
-            }
+            let end = text.floor_char_boundary(self.left as usize);
             text.truncate(end);
             self.left = end as u64;
         }

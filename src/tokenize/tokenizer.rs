@@ -1,8 +1,10 @@
 //! What turns text into ids: the bytes themselves, or a Hugging Face `tokenizer.json`.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    run::sha256_file,
+};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use std::{fs, path::Path};
 
 /// Id of the byte tokenizer that ends a document.
@@ -41,10 +43,9 @@ impl Tokenizer {
             };
         }
         let path = if name.is_dir() { name.join("tokenizer.json") } else { name.to_owned() };
-        let bytes = fs::read(&path).map_err(|e| {
-            Error::io("read", &path, e).help("--tokenizer takes `bytes`, a tokenizer.json, or a folder that holds one")
-        })?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+        let sha256 = sha256_file(&path)
+            .map_err(|e| e.help("--tokenizer takes `bytes`, a tokenizer.json, or a folder that holds one"))?;
+        let inner = tokenizers::Tokenizer::from_file(&path)
             .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())))?;
         let named =
             end_of_document.map(str::to_owned).or_else(|| eos_token(&path.with_file_name("tokenizer_config.json")));
@@ -59,7 +60,6 @@ impl Tokenizer {
         };
         let vocabulary = inner.get_vocab(true);
         let size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
-        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         Ok(Tokenizer::HuggingFace(Box::new(Vocabulary { inner, sha256, end, size })))
     }
 
