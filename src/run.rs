@@ -116,6 +116,10 @@ pub struct CheckpointRecord {
 pub struct RunDir(pub PathBuf);
 
 impl RunDir {
+    /// Folder of the tokenizer's files, which every checkpoint gets a copy of; relative to the run directory. Not there if
+    /// the tokenizer is that of bytes, or unknown.
+    pub const TOKENIZER: &str = "tokenizer";
+
     /// `manifest.json`
     pub fn manifest_path(&self) -> PathBuf {
         self.0.join("manifest.json")

@@ -3,14 +3,17 @@
 
 mod common;
 
-use common::{refused, run};
-use std::{fs, path::Path};
+use common::{entries, refused, run};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 fn fixture(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name).display().to_string()
 }
 
-/// A model with a vocabulary of 400 ids and the tokenizer in its folder, and a shard of text.
+/// A model with a vocabulary of 400 ids, which got its tokenizer from the data, and a shard of text.
 fn workshop(root: &Path) -> (String, String) {
     let (model, shard) = (root.join("model"), root.join("text.safetensors").display().to_string());
     let lines = "{\"text\": \"Licensed under the Apache License\"}\n".repeat(40);
@@ -35,9 +38,6 @@ fn workshop(root: &Path) -> (String, String) {
     let (code, _, stderr) = run(["train", "--config", &config.display().to_string(), "-o", &run_folder]);
     assert_eq!(code, 0, "{stderr}");
     fs::rename(root.join("run/checkpoints/step-10"), &model).unwrap();
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        fs::copy(Path::new(&fixture("tokenizer")).join(file), model.join(file)).unwrap();
-    }
     (model.display().to_string(), shard)
 }
 
@@ -50,6 +50,71 @@ fn a_model_with_a_tokenizer_is_evaluated_and_speaks() {
     let (code, stdout, stderr) = run(["generate", "--model", &model, "--prompt", "Licensed", "--max-new-tokens", "5"]);
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.starts_with("Licensed"), "{stdout}");
+}
+
+/// A run of three updates of `[model] checkpoint`, or of the model of `train.toml` without one.
+fn train_on(root: &Path, checkpoint: Option<&Path>, name: &str) -> (PathBuf, String) {
+    let text = fs::read_to_string(root.join("train.toml")).unwrap();
+    let (model, rest) = text.split_once("[data]").unwrap();
+    let model = checkpoint.map_or(model.to_owned(), |path| format!("[model]\ncheckpoint = \"{}\"\n", path.display()));
+    let (config, output) = (root.join("other.toml"), root.join(name));
+    fs::write(&config, format!("{model}[data]{rest}save_every = 2\n").replace("steps = 10", "steps = 3")).unwrap();
+    let (code, _, stderr) =
+        run(["train".as_ref(), "--config".as_ref(), config.as_os_str(), "-o".as_ref(), output.as_os_str()]);
+    assert_eq!(code, 0, "{stderr}");
+    (output, stderr)
+}
+
+#[test]
+fn every_checkpoint_has_the_tokenizer_of_the_data_even_when_that_is_gone() {
+    let root = tempfile::tempdir().unwrap();
+    let source = root.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(Path::new(&fixture("tokenizer")).join(name), source.join(name)).unwrap();
+    }
+    workshop(root.path());
+    let shard = root.path().join("text.safetensors").display().to_string();
+    let text = root.path().join("text.jsonl").display().to_string();
+    let tokenizer = source.display().to_string();
+    assert_eq!(run(["tokenize", &text, "--force", "-o", &shard, "--tokenizer", &tokenizer]).0, 0);
+    let same = |a: &Path, b: &Path| fs::read(a).unwrap() == fs::read(b).unwrap();
+    let (output, _) = train_on(root.path(), None, "new");
+    for step in [2, 3] {
+        let folder = output.join(format!("checkpoints/step-{step}"));
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            assert!(same(&folder.join(name), &source.join(name)), "{step} {name}");
+        }
+    }
+
+    // Going on needs the source no more.
+    fs::remove_dir_all(&source).unwrap();
+    fs::remove_dir_all(output.join("checkpoints/step-3")).unwrap();
+    let manifest = fs::read_to_string(output.join("manifest.json")).unwrap();
+    fs::write(output.join("manifest.json"), manifest.replace("\"finished\": true", "\"finished\": false")).unwrap();
+    let (code, _, stderr) = run(["train".as_ref(), "--resume".as_ref(), output.as_os_str()]);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(output.join("checkpoints/step-3/tokenizer.json").exists());
+
+    // A new run does, and says so.
+    let (output, stderr) = train_on(root.path(), None, "without");
+    assert!(stderr.contains("source/tokenizer.json' is no longer the tokenizer that made the data"), "{stderr}");
+    assert!(!output.join("checkpoints/step-3/tokenizer.json").exists());
+}
+
+#[test]
+fn a_model_keeps_the_tokenizer_and_the_generation_settings_it_came_with() {
+    let root = tempfile::tempdir().unwrap();
+    let (model, _) = workshop(root.path());
+    for name in ["generation_config.json", "special_tokens_map.json", "notes.json"] {
+        fs::write(Path::new(&model).join(name), "{}").unwrap();
+    }
+    let (output, _) = train_on(root.path(), Some(Path::new(&model)), "more");
+    let mut names = entries(&output.join("checkpoints/step-3"));
+    names.retain(|name| name.ends_with(".json"));
+    let expected =
+        ["config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+    assert_eq!(names, expected);
 }
 
 #[test]

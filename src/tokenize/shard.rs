@@ -9,13 +9,17 @@ use crate::{
 use serde_json::json;
 use std::{io::Write, os::unix::fs::FileExt};
 
-/// Bytes that the header may take, a multiple of 8; what it leaves over is filled with spaces, as the format allows.
+/// Bytes that the header may take besides a path, a multiple of 8; what it leaves over is filled with spaces, as the format
+/// allows.
 const HEADER: usize = 512;
 
 /// Appends ids to a safetensors file with the one tensor `tokens`.
 pub struct ShardWriter<'a> {
     staged: &'a StagedFile,
     tokenizer: &'a Tokenizer,
+    /// Path of the tokenizer.json, if it is text.
+    path: Option<&'a str>,
+    header: usize,
     wide: bool,
     buffer: Vec<u8>,
     tokens: u64,
@@ -25,7 +29,9 @@ impl<'a> ShardWriter<'a> {
     /// U16 where the vocabulary fits, else U32.
     pub fn create(staged: &'a StagedFile, tokenizer: &'a Tokenizer) -> Result<Self> {
         let wide = tokenizer.vocab_size() > 1 << 16;
-        Ok(ShardWriter { staged, tokenizer, wide, buffer: vec![b' '; 8 + HEADER], tokens: 0 })
+        let path = tokenizer.path().and_then(|path| path.to_str());
+        let header = HEADER + json!(path).to_string().len().next_multiple_of(8);
+        Ok(ShardWriter { staged, tokenizer, path, header, wide, buffer: vec![b' '; 8 + header], tokens: 0 })
     }
 
     /// Writes ids after those before.
@@ -53,13 +59,17 @@ impl<'a> ShardWriter<'a> {
         if let Some(sha256) = self.tokenizer.sha256() {
             metadata[tokens::TOKENIZER_SHA256] = sha256.into();
         }
+        if let Some(path) = self.path {
+            metadata[tokens::TOKENIZER_PATH] = path.into();
+        }
         let (dtype, width) = if self.wide { ("U32", 4) } else { ("U16", 2) };
         let tensor = json!({"dtype": dtype, "shape": [self.tokens], "data_offsets": [0, width * self.tokens]});
         let json = json!({"__metadata__": metadata, (tokens::TENSOR): tensor}).to_string();
-        if json.len() > HEADER {
-            return Err(Error::world(format!("the header of a token shard takes {} bytes of {HEADER}", json.len())));
+        if json.len() > self.header {
+            let (len, room) = (json.len(), self.header);
+            return Err(Error::world(format!("the header of a token shard takes {len} bytes of {room}")));
         }
-        let header = [&(HEADER as u64).to_le_bytes(), json.as_bytes()].concat();
+        let header = [&(self.header as u64).to_le_bytes(), json.as_bytes()].concat();
         let path = self.staged.target();
         self.staged.file().write_all_at(&header, 0).map_err(|e| Error::io("write", path, e))?;
         Ok(self.tokens)

@@ -5,7 +5,10 @@ use crate::{
     run::sha256_file,
 };
 use serde_json::Value;
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// Id of the byte tokenizer that ends a document.
 pub const END_OF_DOCUMENT: u32 = 256;
@@ -26,6 +29,7 @@ pub enum Tokenizer {
 /// A loaded `tokenizer.json`.
 pub struct Vocabulary {
     inner: tokenizers::Tokenizer,
+    path: PathBuf,
     sha256: String,
     end: u32,
     size: usize,
@@ -60,7 +64,8 @@ impl Tokenizer {
         };
         let vocabulary = inner.get_vocab(true);
         let size = vocabulary.values().max().map_or(0, |&id| id as usize + 1);
-        Ok(Tokenizer::HuggingFace(Box::new(Vocabulary { inner, sha256, end, size })))
+        let path = std::path::absolute(&path).map_err(|e| Error::io("find", &path, e))?;
+        Ok(Tokenizer::HuggingFace(Box::new(Vocabulary { inner, path, sha256, end, size })))
     }
 
     /// What a shard's metadata call it.
@@ -76,6 +81,14 @@ impl Tokenizer {
         match self {
             Tokenizer::Bytes => None,
             Tokenizer::HuggingFace(v) => Some(&v.sha256),
+        }
+    }
+
+    /// The whole path of the `tokenizer.json`.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Tokenizer::Bytes => None,
+            Tokenizer::HuggingFace(v) => Some(&v.path),
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! `config` -> `phase`s with their `schedule` -> `trainer` (the algorithm) inside a `session` (the run directory).
 
+mod companions;
 pub mod config;
 pub mod evaluate;
 mod inputs;

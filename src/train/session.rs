@@ -1,6 +1,7 @@
 //! A run on disk: create or resume the folder, train, save, evaluate, restart, finish.
 
 use super::{
+    companions,
     config::{Config, Mode, WeightDtype, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
@@ -106,6 +107,7 @@ impl<D: Device> Session<D> {
         let config_path = staged.path().join("config.toml");
         fs::write(&config_path, config.to_toml()?).map_err(|e| Error::io("write", &config_path, e))?;
         write_manifest(&staged.path().join("manifest.json"), &manifest)?;
+        companions::collect(&config, trainer.shard(), &staged.path().join(RunDir::TOKENIZER), progress)?;
         staged.commit()?;
         let metrics = Metrics::open(&dir.metrics_path(), 0)?;
         Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
@@ -287,6 +289,7 @@ impl<D: Device> Session<D> {
         self.trainer.drop_weights_if_lora_only();
         let staged = StagedDir::create(&self.dir.base_path(), true)?;
         state::save_model(&self.trainer.model, self.trainer.config().train.dtype, staged.path())?;
+        companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         staged.commit()?;
         let files = sha256_folder(&self.dir.base_path())?;
         self.manifest.base = Some(BaseRecord { step: self.trainer.step, files });
@@ -339,6 +342,7 @@ impl<D: Device> Session<D> {
         let path = self.dir.0.join(&folder);
         let staged = StagedDir::create(&path, true)?;
         state::save_checkpoint(&self.trainer, staged.path())?;
+        companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         let files = state::seal(staged.path())?;
         staged.commit()?;
         self.manifest.checkpoint = Some(CheckpointRecord { step, folder, files });

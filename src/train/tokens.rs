@@ -11,7 +11,10 @@ use crate::{
 };
 use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize};
-use std::{ops::Range, path::Path};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 /// Name of the tensor in a token shard.
 pub const TENSOR: &str = "tokens";
@@ -19,6 +22,8 @@ pub const TENSOR: &str = "tokens";
 pub const TOKENIZER: &str = "tokenizer";
 /// Metadata key: sha256 of the `tokenizer.json` that turned text into ids.
 pub const TOKENIZER_SHA256: &str = "tokenizer_sha256";
+/// Metadata key: where that `tokenizer.json` was when the shard was made.
+pub const TOKENIZER_PATH: &str = "tokenizer_path";
 /// Metadata key: ids are below this number.
 pub const VOCAB_SIZE: &str = "vocab_size";
 
@@ -59,6 +64,7 @@ pub struct TokenShard {
     len: usize,
     vocab_size: usize,
     tokenizer_sha256: Option<String>,
+    tokenizer_path: Option<PathBuf>,
 }
 
 enum Source {
@@ -90,7 +96,8 @@ impl TokenShard {
         let vocab_size = file.metadata().get(VOCAB_SIZE).and_then(|v| v.parse().ok());
         let vocab_size = vocab_size.ok_or_else(|| refuse(format!("its metadata have no number '{VOCAB_SIZE}'")))?;
         let tokenizer_sha256 = file.metadata().get(TOKENIZER_SHA256).cloned();
-        Ok(TokenShard { source: Source::Shard(file), wide, len, vocab_size, tokenizer_sha256 })
+        let tokenizer_path = file.metadata().get(TOKENIZER_PATH).map(PathBuf::from);
+        Ok(TokenShard { source: Source::Shard(file), wide, len, vocab_size, tokenizer_sha256, tokenizer_path })
     }
 
     /// Such a file does not say how many ids there are: the largest tells.
@@ -123,7 +130,8 @@ impl TokenShard {
         };
         let vocab_size = largest.ok_or_else(|| refuse("it is empty".into()))? as usize + 1;
         let range = start..bytes.len();
-        Ok(TokenShard { source: Source::Bin(file, range), wide, len, vocab_size, tokenizer_sha256: None })
+        let source = Source::Bin(file, range);
+        Ok(TokenShard { source, wide, len, vocab_size, tokenizer_sha256: None, tokenizer_path: None })
     }
 
     /// Refuses a model that comes with another `tokenizer.json` than the text was tokenized with. What is not known on
@@ -147,6 +155,11 @@ impl TokenShard {
     /// sha256 of the `tokenizer.json` it was made with, if it was.
     pub fn tokenizer_sha256(&self) -> Option<&str> {
         self.tokenizer_sha256.as_deref()
+    }
+
+    /// Where that `tokenizer.json` was when the shard was made.
+    pub fn tokenizer_path(&self) -> Option<&Path> {
+        self.tokenizer_path.as_deref()
     }
 
     /// Number of tokens.
