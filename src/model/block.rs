@@ -2,12 +2,14 @@
 //!
 //! What is kept for backward: the inputs of both halves, queries, keys, values, the attention's output, gate and up.
 //! Normed activations and the MLP's inner product are computed again: they cost one pass, and a third of the memory.
+//! Gradients of activations take the place of what they are the gradient of, where they can.
 //! With activation checkpointing all blocks share what is kept, and [`forward`] runs again before [`backward`].
 
 use super::{
     config::LlamaConfig,
     linear::{Linear, LoraScratch, Pass},
     params::{Layout, Param, TARGETS},
+    pool::Pool,
     product::Product,
 };
 use crate::ops::{AttentionShape, Device, Dropout, RopeShape};
@@ -65,6 +67,24 @@ impl Block {
         Block { attention_norm: layout.norm(layer, 0), mlp_norm: layout.norm(layer, 1), linears }
     }
 
+    /// Gives the projections that train and have no gradient one of zeros.
+    pub fn begin_gradients<D: Device>(&self, device: &D, params: &mut [Param<D>], pool: &mut Pool<D>) {
+        // In the order of backward.
+        for linear in self.linears.iter().rev() {
+            let param = &mut params[linear.weight];
+            if param.trainable && param.grad.is_none() {
+                let mut grad = pool.take(device, param.elements());
+                device.fill(&mut grad, 0.0);
+                param.grad = Some(grad);
+            }
+        }
+    }
+
+    /// Whether [`Block::begin_gradients`] needs buffers.
+    pub fn lacks_gradients<D: Device>(&self, params: &[Param<D>]) -> bool {
+        self.linears.iter().any(|l| params[l.weight].trainable && params[l.weight].grad.is_none())
+    }
+
     /// `(out, in)` of the low-rank layers, and how they are computed.
     pub fn low_rank<D: Device>(&self, params: &[Param<D>]) -> Vec<(usize, usize, Product)> {
         let dims = self.linears.iter().filter_map(|l| {
@@ -90,13 +110,16 @@ pub(super) struct Saved<D: Device> {
 }
 
 impl<D: Device> Saved<D> {
-    pub fn new(device: &D, config: &LlamaConfig, rows: usize, params: &[Param<D>], block: &Block) -> Self {
+    pub fn new(
+        device: &D,
+        pool: &mut Pool<D>,
+        config: &LlamaConfig,
+        rows: usize,
+        params: &[Param<D>],
+        block: &Block,
+    ) -> Self {
         let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-        let buffer = |width: usize| device.zeros(rows * width);
-        let xa = |linear: &Linear| {
-            let factors = linear.lora.filter(|f| f.product == Product::Factored)?;
-            Some(buffer(params[factors.a].shape[0]))
-        };
+        let mut buffer = |width: usize| pool.take(device, rows * width);
         Saved {
             rstd: [buffer(1), buffer(1)],
             q: buffer(q),
@@ -107,8 +130,18 @@ impl<D: Device> Saved<D> {
             middle: buffer(config.hidden_size),
             gate: buffer(config.intermediate_size),
             up: buffer(config.intermediate_size),
-            xa: block.linears.each_ref().map(xa),
+            xa: block.linears.each_ref().map(|linear| {
+                let factors = linear.lora.filter(|f| f.product == Product::Factored)?;
+                Some(buffer(params[factors.a].shape[0]))
+            }),
         }
+    }
+
+    /// Its buffers are free.
+    pub fn give(self, pool: &mut Pool<D>) {
+        let Saved { rstd, q, k, v, o, lse, middle, gate, up, xa } = self;
+        let always = rstd.into_iter().chain([q, k, v, o, lse, middle, gate, up]);
+        always.chain(xa.into_iter().flatten()).for_each(|buffer| pool.give(buffer));
     }
 }
 
@@ -120,29 +153,24 @@ pub(super) struct Scratch<D: Device> {
     pub dh: D::Buffer,
     /// Gradient of the residual stream (N, C).
     pub dx: D::Buffer,
-    act: D::Buffer,
-    dact: D::Buffer,
-    d_o: D::Buffer,
-    dq: D::Buffer,
-    dk: D::Buffer,
-    dv: D::Buffer,
+    /// In the blocks the MLP's inner product (N, F) and then its gradient, in the head some rows of logits.
+    pub wide: D::Buffer,
+    /// Gradient of the attention's output (N, H D), unless it has the extents of `dh` and lies there.
+    d_o: Option<D::Buffer>,
     lora: Option<LoraScratch<D>>,
 }
 
 impl<D: Device> Scratch<D> {
-    pub fn new(device: &D, config: &LlamaConfig, rows: usize, lora: Option<LoraScratch<D>>) -> Self {
-        let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    /// With room for `logits` elements of these.
+    pub fn new(device: &D, config: &LlamaConfig, rows: usize, logits: usize, lora: Option<LoraScratch<D>>) -> Self {
+        let q = config.num_attention_heads * config.head_dim;
         let buffer = |width: usize| device.zeros(rows * width);
         Scratch {
             h: buffer(config.hidden_size),
             dh: buffer(config.hidden_size),
             dx: buffer(config.hidden_size),
-            act: buffer(config.intermediate_size),
-            dact: buffer(config.intermediate_size),
-            d_o: buffer(q),
-            dq: buffer(q),
-            dk: buffer(kv),
-            dv: buffer(kv),
+            wide: device.zeros(logits.max(rows * config.intermediate_size)),
+            d_o: (q != config.hidden_size).then(|| buffer(q)),
             lora,
         }
     }
@@ -162,7 +190,7 @@ pub(super) fn forward<D: Device>(
 ) {
     let pass = shape.pass();
     let Saved { rstd: [rstd_attention, rstd_mlp], q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, act, lora, .. } = scratch;
+    let Scratch { h, wide: act, lora, .. } = scratch;
     let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears;
     let [q_xa, k_xa, v_xa, o_xa, gate_xa, up_xa, down_xa] = xa.each_mut().map(Option::as_mut);
 
@@ -193,7 +221,39 @@ pub(super) fn forward<D: Device>(
     }
 }
 
-/// `scratch.dx` is the gradient of the block's output before, of its input x (N, C) after. Uses up `saved`.
+/// The linear layers of one block in backward.
+struct Linears<'a, D: Device> {
+    device: &'a D,
+    params: &'a mut [Param<D>],
+    pass: Pass,
+    linears: [Linear; TARGETS.len()],
+    xa: &'a [Option<D::Buffer>; TARGETS.len()],
+    lora: Option<&'a mut LoraScratch<D>>,
+}
+
+impl<D: Device> Linears<'_, D> {
+    fn backward(&mut self, which: usize, x: &D::Buffer, dy: &D::Buffer, beta: f32, dx: &mut D::Buffer) {
+        self.weight_gradients(which, x, dy);
+        self.input_gradient(which, dy, beta, dx);
+    }
+
+    fn weight_gradients(&mut self, which: usize, x: &D::Buffer, dy: &D::Buffer) {
+        let (linear, xa) = (self.linears[which], self.xa[which].as_ref());
+        linear.weight_gradients(self.device, self.params, self.pass, x, xa, self.lora.as_deref_mut(), dy);
+    }
+
+    fn input_gradient(&mut self, which: usize, dy: &D::Buffer, beta: f32, dx: &mut D::Buffer) {
+        let linear = self.linears[which];
+        linear.input_gradient(self.device, self.params, self.pass, self.lora.as_deref_mut(), dy, beta, dx);
+    }
+
+    fn norm_backward(&mut self, norm: usize, x: &D::Buffer, rstd: &D::Buffer, dy: &D::Buffer, dx: &mut D::Buffer) {
+        norm_backward(self.device, &mut self.params[norm], x, rstd, dy, dx);
+    }
+}
+
+/// `scratch.dx` is the gradient of the block's output before, of its input x (N, C) after. Uses up `saved`: gate, up, q, k
+/// and v become their gradients, and so does the MLP's inner product where it lies.
 pub(super) fn backward<D: Device>(
     device: &D,
     params: &mut [Param<D>],
@@ -203,32 +263,30 @@ pub(super) fn backward<D: Device>(
     saved: &mut Saved<D>,
     scratch: &mut Scratch<D>,
 ) {
-    let pass = shape.pass();
     let Saved { rstd: [rstd_attention, rstd_mlp], q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, dh, dx, act, dact, d_o, dq, dk, dv, lora } = scratch;
-    let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears;
-    let mut linear = |params: &mut [Param<D>], which: usize, linear: Linear, x: &_, dy: &_, beta: f32, dx: &mut _| {
-        linear.backward(device, params, pass, x, xa[which].as_ref(), lora.as_mut(), dy, beta, dx);
-    };
+    let Scratch { h, dh, dx, wide, d_o, lora } = scratch;
+    let linears = block.linears;
+    let mut linears = Linears { device, params, pass: shape.pass(), linears, xa, lora: lora.as_mut() };
 
-    device.swiglu_forward(gate, up, act);
-    linear(params, 6, down_proj, act, dx, 0.0, dact);
-    device.swiglu_backward(dact, gate, up);
-    let (dgate, dup) = (gate, up);
-    device.rms_norm_forward(middle, &params[block.mlp_norm].value, shape.eps, h, rstd_mlp);
-    linear(params, 5, up_proj, h, dup, 0.0, dh);
-    linear(params, 4, gate_proj, h, dgate, 1.0, dh);
-    norm_backward(device, &mut params[block.mlp_norm], middle, rstd_mlp, dh, dx);
+    device.swiglu_forward(gate, up, wide);
+    linears.weight_gradients(6, wide, dx);
+    linears.input_gradient(6, dx, 0.0, wide);
+    device.swiglu_backward(wide, gate, up);
+    device.rms_norm_forward(middle, &linears.params[block.mlp_norm].value, shape.eps, h, rstd_mlp);
+    linears.backward(5, h, up, 0.0, dh);
+    linears.backward(4, h, gate, 1.0, dh);
+    linears.norm_backward(block.mlp_norm, middle, rstd_mlp, dh, dx);
 
-    linear(params, 3, o_proj, o, dx, 0.0, d_o);
-    device.attention_backward(shape.attention, [q, k, v], o, lse, d_o, [dq, dk, dv]);
-    device.rope_backward(shape.rope(shape.attention.heads), &shape.cos, &shape.sin, dq);
-    device.rope_backward(shape.rope(shape.attention.kv_heads), &shape.cos, &shape.sin, dk);
-    device.rms_norm_forward(x, &params[block.attention_norm].value, shape.eps, h, rstd_attention);
-    linear(params, 2, v_proj, h, dv, 0.0, dh);
-    linear(params, 1, k_proj, h, dk, 1.0, dh);
-    linear(params, 0, q_proj, h, dq, 1.0, dh);
-    norm_backward(device, &mut params[block.attention_norm], x, rstd_attention, dh, dx);
+    let d_o = d_o.as_mut().unwrap_or(dh);
+    linears.backward(3, o, dx, 0.0, d_o);
+    device.attention_backward(shape.attention, [q, k, v], o, lse, d_o);
+    device.rope_backward(shape.rope(shape.attention.heads), &shape.cos, &shape.sin, q);
+    device.rope_backward(shape.rope(shape.attention.kv_heads), &shape.cos, &shape.sin, k);
+    device.rms_norm_forward(x, &linears.params[block.attention_norm].value, shape.eps, h, rstd_attention);
+    linears.backward(2, h, v, 0.0, dh);
+    linears.backward(1, h, k, 1.0, dh);
+    linears.backward(0, h, q, 1.0, dh);
+    linears.norm_backward(block.attention_norm, x, rstd_attention, dh, dx);
 }
 
 /// Adds to the residual stream's gradient `dx` and, if it trains, to the norm's.

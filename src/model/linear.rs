@@ -185,10 +185,9 @@ impl Linear {
         device.matmul(scaling, b, a, 1.0, MatMut::new(formed, w.shape[0], w.shape[1]));
     }
 
-    /// `dx = beta · dx + dy W + s (dy B) A`, dropped where x was; what trains of W, A, B and s gets its gradient added.
-    /// `xa` is what forward kept.
+    /// What trains of W, A, B and s gets its gradient added. `xa` is what forward kept.
     #[allow(clippy::too_many_arguments)]
-    pub fn backward<D: Device>(
+    pub fn weight_gradients<D: Device>(
         &self,
         device: &D,
         params: &mut [Param<D>],
@@ -197,14 +196,42 @@ impl Linear {
         xa: Option<&D::Buffer>,
         scratch: Option<&mut LoraScratch<D>>,
         dy: &D::Buffer,
-        beta: f32,
-        dx: &mut D::Buffer,
     ) {
         let ((out, inner), rows) = (self.dims(params), pass.rows);
         if let Param { grad: Some(dw), .. } = &mut params[self.weight] {
             let (x, dy) = (Mat::new(x, rows, inner), Mat::new(dy, rows, out));
             device.matmul(1.0, dy.t(), x, 1.0, MatMut::new(dw, out, inner));
         }
+        let Some((factors, scratch)) = self.lora.zip(scratch) else { return };
+        let scaling = factors.scaling.value(device, params);
+        let low_rank = LowRank { device, linear: self, factors, scaling, pass, x, dy };
+        let LoraScratch { xa: projected, dyb, dropped, whole_gradient, .. } = scratch;
+        match (factors.product, xa) {
+            (Product::WholeGradient, _) => {
+                low_rank.gradients_from_whole(params, of_length(device, whole_gradient, out * inner));
+            }
+            (_, Some(xa)) => low_rank.thin_gradients(params, xa, dyb, dropped),
+            (_, None) => {
+                self.project(device, params, pass, x, dropped, projected);
+                low_rank.thin_gradients(params, projected, dyb, dropped);
+            }
+        }
+    }
+
+    /// `dx = beta · dx + dy W + s (dy B) A`, dropped where x was. Comes after [`Linear::weight_gradients`] of the same
+    /// `dy`, which leaves `dy B` in the scratch; x is no longer needed, and dx may lie where it was.
+    #[allow(clippy::too_many_arguments)]
+    pub fn input_gradient<D: Device>(
+        &self,
+        device: &D,
+        params: &[Param<D>],
+        pass: Pass,
+        scratch: Option<&mut LoraScratch<D>>,
+        dy: &D::Buffer,
+        beta: f32,
+        dx: &mut D::Buffer,
+    ) {
+        let ((out, inner), rows) = (self.dims(params), pass.rows);
         let through = |weight: &D::Buffer, dx: &mut D::Buffer| {
             let (dy, weight) = (Mat::new(dy, rows, out), Mat::new(weight, out, inner));
             device.matmul(1.0, dy, weight, beta, MatMut::new(dx, rows, inner));
@@ -213,77 +240,55 @@ impl Linear {
             return through(&params[self.weight].value, dx);
         };
         let scaling = factors.scaling.value(device, params);
-        match (factors.product, xa) {
-            (Product::Factored, Some(xa)) => {
-                through(&params[self.weight].value, dx);
-                let LoraScratch { dyb, dropped, .. } = scratch;
-                self.thin_gradients(device, params, pass, factors, scaling, x, xa, dyb, dropped, dy);
-                let r = params[factors.a].shape[0];
-                let a = Mat::new(&params[factors.a].value, r, inner);
-                match pass.dropout_of(self.weight) {
-                    None => {
-                        device.matmul(scaling, Mat::new(dyb, rows, r), a, 1.0, MatMut::new(dx, rows, inner));
-                    }
-                    Some(dropout) => {
-                        let target = MatMut::new(dropped, rows, inner);
-                        device.matmul(scaling, Mat::new(dyb, rows, r), a, 0.0, target);
-                        device.dropout_backward(dropout, dropped, dx);
-                    }
-                }
-            }
-            (product, _) => {
-                let formed = of_length(device, &mut scratch.formed, out * inner);
-                self.form(device, params, factors, scaling, formed);
-                through(formed, dx);
-                if product == Product::WholeGradient {
-                    let dw = of_length(device, &mut scratch.whole_gradient, out * inner);
-                    self.gradients_from_whole(device, params, pass, factors, scaling, x, dw, dy);
-                } else {
-                    let LoraScratch { xa, dyb, dropped, .. } = scratch;
-                    self.project(device, params, pass, x, dropped, xa);
-                    self.thin_gradients(device, params, pass, factors, scaling, x, xa, dyb, dropped, dy);
-                }
+        if factors.product != Product::Factored {
+            let formed = of_length(device, &mut scratch.formed, out * inner);
+            self.form(device, params, factors, scaling, formed);
+            return through(formed, dx);
+        }
+        through(&params[self.weight].value, dx);
+        let r = params[factors.a].shape[0];
+        let (dyb, a) = (Mat::new(&scratch.dyb, rows, r), Mat::new(&params[factors.a].value, r, inner));
+        match pass.dropout_of(self.weight) {
+            None => device.matmul(scaling, dyb, a, 1.0, MatMut::new(dx, rows, inner)),
+            Some(dropout) => {
+                device.matmul(scaling, dyb, a, 0.0, MatMut::new(&mut scratch.dropped, rows, inner));
+                device.dropout_backward(dropout, &scratch.dropped, dx);
             }
         }
     }
+}
 
+/// What the gradients of the factors of one layer are computed from.
+struct LowRank<'a, D: Device> {
+    device: &'a D,
+    linear: &'a Linear,
+    factors: Factors,
+    scaling: f32,
+    pass: Pass,
+    x: &'a D::Buffer,
+    dy: &'a D::Buffer,
+}
+
+impl<D: Device> LowRank<'_, D> {
     /// `dB += s dyᵀ xa`, `dA += s (dy B)ᵀ drop(x)`, and of a trained scaling `tanh(p)`: `dp += (1 - s²) <dy B, xa>`.
-    #[allow(clippy::too_many_arguments)]
-    fn thin_gradients<D: Device>(
-        &self,
-        device: &D,
-        params: &mut [Param<D>],
-        pass: Pass,
-        factors: Factors,
-        scaling: f32,
-        x: &D::Buffer,
-        xa: &D::Buffer,
-        dyb: &mut D::Buffer,
-        dropped: &mut D::Buffer,
-        dy: &D::Buffer,
-    ) {
-        let ((out, inner), rows) = (self.dims(params), pass.rows);
-        let r = params[factors.a].shape[0];
+    fn thin_gradients(&self, params: &mut [Param<D>], xa: &D::Buffer, dyb: &mut D::Buffer, dropped: &mut D::Buffer) {
+        let LowRank { device, linear, factors, scaling, pass, x, dy } = *self;
+        let ((out, inner), rows, r) = (linear.dims(params), pass.rows, params[factors.a].shape[0]);
         let dy = || Mat::new(dy, rows, out);
         device.matmul(1.0, dy(), Mat::new(&params[factors.b].value, out, r), 0.0, MatMut::new(dyb, rows, r));
         if let Some(db) = &mut params[factors.b].grad {
             device.matmul(scaling, dy().t(), Mat::new(xa, rows, r), 1.0, MatMut::new(db, out, r));
         }
         if let Some(da) = &mut params[factors.a].grad {
-            let x = match pass.dropout_of(self.weight) {
+            let x = match pass.dropout_of(linear.weight) {
                 Some(dropout) => {
                     device.dropout_forward(dropout, x, dropped);
                     &*dropped
                 }
                 None => x,
             };
-            device.matmul(
-                scaling,
-                Mat::new(dyb, rows, r).t(),
-                Mat::new(x, rows, inner),
-                1.0,
-                MatMut::new(da, r, inner),
-            );
+            let (dyb, x) = (Mat::new(&*dyb, rows, r), Mat::new(x, rows, inner));
+            device.matmul(scaling, dyb.t(), x, 1.0, MatMut::new(da, r, inner));
         }
         if let Scaling::Tanh(at) = factors.scaling
             && let Some(dp) = &mut params[at].grad
@@ -295,20 +300,9 @@ impl Linear {
     }
 
     /// `dW = dyᵀ x`, `dB += s dW Aᵀ`, `dA += s Bᵀ dW`.
-    #[allow(clippy::too_many_arguments)]
-    fn gradients_from_whole<D: Device>(
-        &self,
-        device: &D,
-        params: &mut [Param<D>],
-        pass: Pass,
-        factors: Factors,
-        scaling: f32,
-        x: &D::Buffer,
-        dw: &mut D::Buffer,
-        dy: &D::Buffer,
-    ) {
-        let ((out, inner), rows) = (self.dims(params), pass.rows);
-        let r = params[factors.a].shape[0];
+    fn gradients_from_whole(&self, params: &mut [Param<D>], dw: &mut D::Buffer) {
+        let LowRank { device, linear, factors, scaling, pass, x, dy } = *self;
+        let ((out, inner), rows, r) = (linear.dims(params), pass.rows, params[factors.a].shape[0]);
         let (x, dy) = (Mat::new(x, rows, inner), Mat::new(dy, rows, out));
         device.matmul(1.0, dy.t(), x, 0.0, MatMut::new(dw, out, inner));
         let [a, b] = params.get_disjoint_mut([factors.a, factors.b]).expect("A and B are two parameters");
@@ -395,7 +389,8 @@ mod tests {
         linear.forward(&Cpu, &params, pass, &x, Some(&mut xa), Some(&mut scratch), 0.5, &mut y);
         assert_close(&format!("{what} y"), &y, &expected_y, 1e-6);
         let kept = (product == Product::Factored).then_some(&xa);
-        linear.backward(&Cpu, &mut params, pass, &x, kept, Some(&mut scratch), &dy, 0.5, &mut dx);
+        linear.weight_gradients(&Cpu, &mut params, pass, &x, kept, Some(&mut scratch), &dy);
+        linear.input_gradient(&Cpu, &params, pass, Some(&mut scratch), &dy, 0.5, &mut dx);
         assert_close(&format!("{what} dx"), &dx, &expected_dx, 1e-6);
         for at in 1..if tanh { 4 } else { 3 } {
             let loss = |value: &[f64]| {

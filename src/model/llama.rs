@@ -28,13 +28,12 @@ pub(super) struct Workspace<D: Device> {
     /// The residual stream before each block, and after the last: L + 1 of (N, C).
     residual: Vec<D::Buffer>,
     blocks: Vec<Block>,
-    /// One per block; with activation checkpointing, one for all.
-    saved: Vec<Saved<D>>,
+    /// One per block, unless its buffers are in the pool; with activation checkpointing, one for all.
+    saved: Vec<Option<Saved<D>>>,
     scratch: Scratch<D>,
     final_rstd: D::Buffer,
-    /// Rows of logits that exist at a time.
+    /// Rows of logits that exist at a time, in `scratch.wide`.
     chunk: usize,
-    logits: D::Buffer,
     /// One loss per row (N).
     losses: D::Buffer,
 }
@@ -54,12 +53,11 @@ impl<D: Device> Workspace<D> {
         Workspace {
             shape: Shape::new(device, config, batch, len),
             residual: (0..=blocks.len()).map(|_| device.zeros(rows * config.hidden_size)).collect(),
-            saved: blocks[..kept].iter().map(|b| Saved::new(device, config, rows, params, b)).collect(),
+            saved: (0..kept).map(|_| None).collect(),
             blocks,
-            scratch: Scratch::new(device, config, rows, lora),
+            scratch: Scratch::new(device, config, rows, chunk * config.vocab_size, lora),
             final_rstd: device.zeros(rows),
             chunk,
-            logits: device.zeros(chunk * config.vocab_size),
             losses: device.zeros(rows),
         }
     }
@@ -104,8 +102,9 @@ impl<D: Device> Model<D> {
             let count = workspace.chunk.min(rows - first);
             let h = Mat::new(&workspace.scratch.h, count, width).from_row(first);
             let head = Mat::new(&params[layout.head()].value, vocab, width);
-            device.matmul(1.0, h, head.t(), 0.0, MatMut::new(&mut workspace.logits, count, vocab));
-            all.extend_from_slice(&device.read(&workspace.logits)[..count * vocab]);
+            let logits = &mut workspace.scratch.wide;
+            device.matmul(1.0, h, head.t(), 0.0, MatMut::new(logits, count, vocab));
+            all.extend_from_slice(&device.read(logits)[..count * vocab]);
         }
         device.status()?;
         Ok(all)
@@ -136,10 +135,10 @@ impl<D: Device> Model<D> {
     fn run_blocks(&mut self, tokens: &[u32], batch: usize, len: usize, dropout: Option<Dropout>) {
         if !self.workspace.as_ref().is_some_and(|w| w.fits(batch, len)) {
             // The old one goes first: there is never memory for two.
-            self.workspace = None;
+            self.drop_workspace();
             self.workspace = Some(Workspace::new(self, batch, len));
         }
-        let Model { device, params, layout, workspace, .. } = self;
+        let Model { device, config, params, layout, workspace, pool, .. } = self;
         let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
         shape.dropout = dropout;
         let tokens = device.upload_tokens(tokens);
@@ -147,7 +146,8 @@ impl<D: Device> Model<D> {
         for (i, block) in blocks.iter().enumerate() {
             let (before, after) = residual.split_at_mut(i + 1);
             let own = i.min(saved.len() - 1);
-            block::forward(device, params, block, shape, &before[i], &mut saved[own], scratch, Some(&mut after[0]));
+            let own = saved[own].get_or_insert_with(|| Saved::new(device, pool, config, shape.rows(), params, block));
+            block::forward(device, params, block, shape, &before[i], own, scratch, Some(&mut after[0]));
         }
         let norm = &params[layout.final_norm()].value;
         device.rms_norm_forward(&residual[blocks.len()], norm, shape.eps, &mut scratch.h, final_rstd);
@@ -156,7 +156,10 @@ impl<D: Device> Model<D> {
     /// From `scratch.h` to the losses; with a scale, also to `scratch.dh` and the head's gradient.
     fn run_head(&mut self, tokens: &[u32], len: usize, scale: Option<f32>) {
         let Model { device, config, params, layout, workspace, .. } = self;
-        let Some(Workspace { scratch, chunk, logits, losses, .. }) = workspace else { return };
+        let Some(Workspace { scratch: Scratch { h: hidden, dh, wide: logits, .. }, chunk, losses, .. }) = workspace
+        else {
+            return;
+        };
         let targets: Vec<u32> = tokens.chunks(len).flat_map(|w| w[1..].iter().copied().chain([IGNORE])).collect();
         let targets = device.upload_tokens(&targets);
         let (rows, width, vocab) = (tokens.len(), config.hidden_size, config.vocab_size);
@@ -164,12 +167,12 @@ impl<D: Device> Model<D> {
         let head = || Mat::new(&*value, vocab, width);
         for first in (0..rows).step_by(*chunk) {
             let count = (*chunk).min(rows - first);
-            let h = || Mat::new(&scratch.h, count, width).from_row(first);
+            let h = || Mat::new(&*hidden, count, width).from_row(first);
             device.matmul(1.0, h(), head().t(), 0.0, MatMut::new(logits, count, vocab));
             device.cross_entropy(vocab, first, count, &targets, logits, losses, scale);
             if scale.is_some() {
                 let dlogits = || Mat::new(&*logits, count, vocab);
-                let dh = MatMut::new(&mut scratch.dh, count, width).from_row(first);
+                let dh = MatMut::new(dh, count, width).from_row(first);
                 device.matmul(1.0, dlogits(), head(), 0.0, dh);
                 if let Some(grad) = grad {
                     device.matmul(1.0, dlogits().t(), h(), 1.0, MatMut::new(grad, vocab, width));
@@ -180,18 +183,25 @@ impl<D: Device> Model<D> {
 
     /// From `scratch.dh` back to the embedding.
     fn run_backward(&mut self, tokens: &[u32]) {
-        let Model { device, params, layout, workspace, .. } = self;
+        let Model { device, params, layout, workspace, pool, gradient_accumulation, .. } = self;
         let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
         device.fill(&mut scratch.dx, 0.0);
         let norm = &mut params[layout.final_norm()];
         block::norm_backward(device, norm, &residual[blocks.len()], final_rstd, &scratch.dh, &mut scratch.dx);
         for (i, block) in blocks.iter().enumerate().rev() {
-            let own = i.min(saved.len() - 1);
+            block.begin_gradients(device, params, pool);
+            let shared = saved.len() < blocks.len();
+            let place = &mut saved[if shared { 0 } else { i }];
+            let Some(own) = place else { return };
             // What the last block kept is still there.
-            if saved.len() < blocks.len() && i + 1 < blocks.len() {
-                block::forward(device, params, block, shape, &residual[i], &mut saved[own], scratch, None);
+            if shared && i + 1 < blocks.len() {
+                block::forward(device, params, block, shape, &residual[i], own, scratch, None);
             }
-            block::backward(device, params, block, shape, &residual[i], &mut saved[own], scratch);
+            block::backward(device, params, block, shape, &residual[i], own, scratch);
+            let lend = !shared && !*gradient_accumulation && i > 0;
+            if lend && blocks[i - 1].lacks_gradients(params) {
+                place.take().into_iter().for_each(|own| own.give(pool));
+            }
         }
         if let Some(grad) = &mut params[layout.embedding()].grad {
             device.embedding_backward(&device.upload_tokens(tokens), &scratch.dx, grad);

@@ -182,6 +182,6 @@ impl<D: Device> Model<D> {
     pub fn remove_lora(&mut self) {
         self.params.truncate(self.layout.len());
         self.lora = None;
-        self.workspace = None;
+        self.drop_workspace();
     }
 }

@@ -6,6 +6,7 @@ use super::{
     llama::logits_chunk,
     lora::LoraSpec,
     params::{ParamKind, TARGETS, table},
+    pool::best_fit,
     product::Product,
 };
 use serde::Serialize;
@@ -15,7 +16,9 @@ use serde::Serialize;
 pub struct Elements {
     /// All parameters, LoRA factors included.
     pub weights: u64,
-    /// Gradients of what trains.
+    /// Of these, what trains.
+    pub trained: u64,
+    /// Gradients of what trains, but those that lie where activations were.
     pub gradients: u64,
     /// Both moments of what trains.
     pub moments: u64,
@@ -23,13 +26,21 @@ pub struct Elements {
     pub activations: u64,
 }
 
-/// Elements of a training with windows of `len` tokens, `batch` at a time. With `lora`, the projections are frozen.
-pub fn elements(
-    config: &LlamaConfig,
-    lora: Option<&LoraSpec>,
-    [batch, len]: [usize; 2],
-    activation_checkpointing: bool,
-) -> Elements {
+/// What an update goes through.
+#[derive(Clone, Copy, Debug)]
+pub struct Passes {
+    /// Windows per pass.
+    pub batch: usize,
+    /// Tokens per window.
+    pub len: usize,
+    /// Passes per update.
+    pub accumulation: usize,
+    /// See [`super::Model::set_activation_checkpointing`].
+    pub activation_checkpointing: bool,
+}
+
+/// Elements of a training. With `lora`, the projections are frozen.
+pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> Elements {
     let sizes = table(config).into_iter().map(|(_, kind, shape)| (kind, shape.iter().product::<usize>()));
     let (mut weights, mut trained) = (0, 0);
     for (kind, size) in sizes {
@@ -44,9 +55,10 @@ pub fn elements(
         weights += factors;
         trained += factors;
     }
-    let activations = activations(config, lora, [batch, len], activation_checkpointing);
-    let [weights, trained, activations] = [weights, trained, activations].map(|n| n as u64);
-    Elements { weights, gradients: trained, moments: 2 * trained, activations }
+    let lent = if lora.is_none() { lent(config, passes) } else { 0 };
+    let activations = activations(config, lora, passes);
+    let [weights, trained, lent, activations] = [weights, trained, lent, activations].map(|n| n as u64);
+    Elements { weights, trained, gradients: trained - lent, moments: 2 * trained, activations }
 }
 
 /// Floating-point operations of one forward and backward, per token: products only, attention counted causally.
@@ -77,14 +89,45 @@ fn product(dims: (usize, usize), rows: usize, spec: &LoraSpec) -> Product {
     Product::choose(spec.product, extents(dims, rows, spec.r), spec.dropout > 0.0, spec.train_scaling)
 }
 
+/// Widths of what a block of a model without factors keeps for backward, per row.
+fn kept_widths(config: &LlamaConfig) -> [usize; 10] {
+    let (c, f, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
+    let (q, kv) = (heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    [1, 1, q, kv, kv, q, heads, c, f, f]
+}
+
+/// Elements of the gradients of projections that lie where the block above kept its activations: with one pass per update,
+/// and none of them needed again.
+fn lent(config: &LlamaConfig, passes: Passes) -> usize {
+    if passes.accumulation > 1 || passes.activation_checkpointing {
+        return 0;
+    }
+    let rows = passes.batch * passes.len;
+    let (mut free, mut lent) = (Vec::new(), 0);
+    for _ in 1..config.num_hidden_layers {
+        free.extend(kept_widths(config).map(|width| rows * width));
+        // In the order of backward.
+        for (out, inner) in linears(config).into_iter().rev() {
+            if let Some(at) = best_fit(&free, out * inner) {
+                free.swap_remove(at);
+                lent += out * inner;
+            }
+        }
+    }
+    lent
+}
+
 /// The buffers of the workspace; `llama.rs`, `block.rs` and `linear.rs` make them.
-fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, [batch, len]: [usize; 2], checkpointing: bool) -> usize {
-    let (c, f, n) = (config.hidden_size, config.intermediate_size, batch * len);
-    let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> usize {
+    let (c, f, n) = (config.hidden_size, config.intermediate_size, passes.batch * passes.len);
+    let q = config.num_attention_heads * config.head_dim;
     let layers = config.num_hidden_layers;
     let residual = (layers + 1) * n * c;
-    let mut kept = n * (2 + 2 * q + 2 * kv + config.num_attention_heads + c + 2 * f);
-    let mut scratch = n * (3 * c + 2 * f + 2 * q + 2 * kv);
+    let mut kept = n * kept_widths(config).iter().sum::<usize>();
+    let mut scratch = 3 * n * c + (n * f).max(logits_chunk(config.vocab_size, n) * config.vocab_size);
+    if q != c {
+        scratch += n * q;
+    }
     if let Some(spec) = lora {
         let dims = linears(config);
         let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec)));
@@ -103,9 +146,9 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, [batch, len]: [usi
             scratch += n * dims.iter().map(|d| d.1).max().unwrap_or(0);
         }
     }
-    let head = n + n + logits_chunk(config.vocab_size, n) * config.vocab_size;
-    let rope = 2 * len * (config.head_dim / 2);
-    residual + kept * if checkpointing { layers.min(1) } else { layers } + scratch + head + rope
+    let head = n + n;
+    let rope = 2 * passes.len * (config.head_dim / 2);
+    residual + kept * if passes.activation_checkpointing { layers.min(1) } else { layers } + scratch + head + rope
 }
 
 #[cfg(test)]
@@ -122,38 +165,54 @@ mod tests {
         .unwrap()
     }
 
+    /// Checks the count after a few updates of so many passes of 8 windows of 9 tokens.
+    fn check(lora: Option<LoraSpec>, accumulation: usize, activation_checkpointing: bool) -> Elements {
+        let (config, device) = (config(), Profiled::new(Cpu));
+        let mut model = Model::init(device.clone(), config.clone(), 1).unwrap();
+        if let Some(spec) = &lora {
+            model.add_lora(spec.clone());
+        }
+        model.set_activation_checkpointing(activation_checkpointing);
+        model.set_gradient_accumulation(accumulation > 1);
+        for _ in 0..3 {
+            for _ in 0..accumulation {
+                model.forward_backward(&[1; 72], 8, 9, 1.0).unwrap();
+            }
+            model.zero_grad();
+            // An evaluation takes what is there.
+            model.loss(&[2; 72], 8, 9).unwrap();
+        }
+        let (weights, trained) = model.params().iter().fold((0, 0), |(all, trained), p| {
+            (all + p.elements() as u64, trained + if p.trainable { p.elements() as u64 } else { 0 })
+        });
+        let what = format!("{lora:?} {accumulation} {activation_checkpointing}");
+        let passes = Passes { batch: 8, len: 9, accumulation, activation_checkpointing };
+        let found = elements(&config, lora.as_ref(), passes);
+        assert_eq!((found.weights, found.trained), (weights, trained), "{what}");
+        assert_eq!(found.weights + found.gradients + found.activations, device.allocated(), "{what}");
+        found
+    }
+
     #[test]
     fn the_count_is_that_of_the_buffers_the_model_makes() {
         let lora = |product, dropout, train_scaling| {
             Some(LoraSpec { product, dropout, train_scaling, ..LoraSpec::new(3, 6.0) })
         };
-        for (lora, checkpointing) in [
-            (None, false),
-            (None, true),
-            (lora(ProductChoice::Factored, 0.0, false), false),
-            (lora(ProductChoice::Formed, 0.0, true), true),
-            (lora(ProductChoice::WholeGradient, 0.0, false), false),
-            (lora(ProductChoice::Auto, 0.1, true), false),
-        ] {
-            let device = Profiled::new(Cpu);
-            let mut model = Model::init(device.clone(), config(), 1).unwrap();
-            let before = device.allocated();
-            if let Some(spec) = &lora {
-                model.add_lora(spec.clone());
-            }
-            model.set_activation_checkpointing(checkpointing);
-            let (params, grads) = model.params().iter().fold((0, 0), |(p, g), param| {
-                (p + param.elements(), g + if param.grad.is_some() { param.elements() } else { 0 })
-            });
-            let factors = (device.allocated() - before) as usize;
-            let tokens = [1; 15];
-            let before = device.allocated();
-            model.forward_backward(&tokens, 3, 5, 1.0).unwrap();
-            let found = elements(&config(), lora.as_ref(), [3, 5], checkpointing);
-            assert_eq!(found.weights as usize, params, "{lora:?}");
-            assert_eq!(found.gradients as usize, grads, "{lora:?}");
-            assert_eq!(found.activations, device.allocated() - before, "{lora:?} {checkpointing}");
-            assert!(lora.is_none() || factors > 0);
+        check(lora(ProductChoice::Factored, 0.0, false), 1, false);
+        check(lora(ProductChoice::Formed, 0.0, true), 2, true);
+        check(lora(ProductChoice::WholeGradient, 0.0, false), 1, false);
+        check(lora(ProductChoice::Auto, 0.1, true), 1, false);
+    }
+
+    #[test]
+    fn gradients_of_projections_lie_where_activations_were() {
+        let one = check(None, 1, false);
+        let block: u64 = linears(&config()).iter().map(|(out, inner)| (out * inner) as u64).sum();
+        // All blocks but the last.
+        assert_eq!(one.trained - one.gradients, 2 * block);
+        for (accumulation, checkpointing) in [(2, false), (1, true)] {
+            let more = check(None, accumulation, checkpointing);
+            assert_eq!(more.gradients, more.trained);
         }
     }
 

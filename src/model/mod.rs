@@ -12,6 +12,7 @@ mod llama;
 mod lora;
 pub mod memory;
 mod params;
+mod pool;
 mod product;
 
 pub use config::{LlamaConfig, RopeScaling};
@@ -23,6 +24,7 @@ pub use product::{Extents, Product, ProductChoice};
 use crate::{checkpoint::Checkpoint, error::Result, ops::Device};
 use llama::Workspace;
 use params::Layout;
+use pool::Pool;
 
 /// A LLaMA model and, once it has run, the activations of its last batch shape.
 pub struct Model<D: Device> {
@@ -34,7 +36,9 @@ pub struct Model<D: Device> {
     seed: u64,
     dropout_key: u64,
     activation_checkpointing: bool,
+    gradient_accumulation: bool,
     workspace: Option<Workspace<D>>,
+    pool: Pool<D>,
 }
 
 impl<D: Device> Model<D> {
@@ -65,7 +69,9 @@ impl<D: Device> Model<D> {
             seed,
             dropout_key: 0,
             activation_checkpointing: false,
+            gradient_accumulation: false,
             workspace: None,
+            pool: Pool::new(),
         };
         model.set_trainable(|_| true);
         model
@@ -81,8 +87,7 @@ impl<D: Device> Model<D> {
         &self.device
     }
 
-    /// Chooses what trains: allocates gradients (zero) for it and drops the others'. A frozen weight costs no product
-    /// in the backward.
+    /// Chooses what trains, and drops the gradients of the rest. A frozen weight costs no product in the backward.
     pub fn set_trainable(&mut self, f: impl Fn(&ParamKind) -> bool) {
         for param in &mut self.params {
             param.set_trainable(&self.device, f(&param.kind));
@@ -93,7 +98,14 @@ impl<D: Device> Model<D> {
     /// gradients, bit for bit, for about a third more work and the activations of one block instead of all.
     pub fn set_activation_checkpointing(&mut self, on: bool) {
         self.activation_checkpointing = on;
-        self.workspace = None;
+        self.drop_workspace();
+    }
+
+    /// Whether several passes come before each [`Model::zero_grad`]. Gradients of the projections then have memory of their
+    /// own; otherwise most of them lie where the backward needs activations no more. Matters to memory alone.
+    pub fn set_gradient_accumulation(&mut self, on: bool) {
+        self.gradient_accumulation = on;
+        self.drop_workspace();
     }
 
     /// All parameters: the model's in Hugging Face's order, then the LoRA factors, A before B
@@ -117,11 +129,20 @@ impl<D: Device> Model<D> {
         self.params.iter().find(|p| p.name == name)
     }
 
-    /// Sets all gradients to zero.
+    /// Sets all gradients to zero. Those of the projections are gone until the next backward, and leave their memory to it.
     pub fn zero_grad(&mut self) {
-        for grad in self.params.iter_mut().filter_map(|p| p.grad.as_mut()) {
-            self.device.fill(grad, 0.0);
+        for param in &mut self.params {
+            if param.kind == ParamKind::Linear {
+                param.grad.take().into_iter().for_each(|grad| self.pool.give(grad));
+            } else if let Some(grad) = &mut param.grad {
+                self.device.fill(grad, 0.0);
+            }
         }
+    }
+
+    fn drop_workspace(&mut self) {
+        self.workspace = None;
+        self.pool.clear();
     }
 }
 

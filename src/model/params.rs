@@ -53,7 +53,7 @@ pub struct Param<D: Device> {
     pub trainable: bool,
     /// The values.
     pub value: D::Buffer,
-    /// Accumulated gradient; there if and only if `trainable`.
+    /// Accumulated gradient, if `trainable`. That of a projection is there from a backward until [`super::Model::zero_grad`].
     pub grad: Option<D::Buffer>,
 }
 
@@ -65,7 +65,7 @@ impl<D: Device> Param<D> {
     pub(super) fn set_trainable(&mut self, device: &D, trainable: bool) {
         self.trainable = trainable;
         match (trainable, &self.grad) {
-            (true, None) => self.grad = Some(device.zeros(self.elements())),
+            (true, None) if self.kind != ParamKind::Linear => self.grad = Some(device.zeros(self.elements())),
             (false, _) => self.grad = None,
             _ => {}
         }

@@ -5,7 +5,7 @@ use super::math;
 use crate::threads;
 use multiversion::multiversion;
 use ndarray::{
-    ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4, Ix4, linalg::general_mat_mul, parallel::prelude::*, s,
+    Array2, ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4, Ix4, linalg::general_mat_mul, parallel::prelude::*, s,
 };
 
 /// Query rows that are scored at a time.
@@ -101,60 +101,51 @@ fn softmax(row: &mut [f32]) -> f32 {
     (f64::from(top) + total.ln()) as f32
 }
 
-/// The probabilities are recomputed from the scores and `lse` (arXiv:2205.14135). One task per window and key/value
-/// head, which owns that head's dk and dv and the dq of its group.
-pub fn backward(
-    shape: AttentionShape,
-    [q, k, v]: [&[f32]; 3],
-    o: &[f32],
-    lse: &[f32],
-    d_o: &[f32],
-    [dq, dk, dv]: [&mut [f32]; 3],
-) {
-    let (q, k, v) = (view(q, shape.q_dim()), view(k, shape.kv_dim()), view(v, shape.kv_dim()));
+/// The probabilities are recomputed from the scores and `lse` (arXiv:2205.14135); q, k and v become their gradients. One
+/// task per window and key/value head, which owns that head's k and v and the q of its group.
+pub fn backward(shape: AttentionShape, [q, k, v]: [&mut [f32]; 3], o: &[f32], lse: &[f32], d_o: &[f32]) {
     let (o, d_o) = (view(o, shape.q_dim()), view(d_o, shape.q_dim()));
-    let mut dq = heads_mut(dq, shape.q_dim()).into_iter();
-    let dkv = heads_mut(dk, shape.kv_dim()).into_iter().zip(heads_mut(dv, shape.kv_dim()));
-    let tasks: Vec<_> = dkv.map(|dkv| (dkv, dq.by_ref().take(shape.group()).collect::<Vec<_>>())).collect();
+    let mut q = heads_mut(q, shape.q_dim()).into_iter();
+    let kv = heads_mut(k, shape.kv_dim()).into_iter().zip(heads_mut(v, shape.kv_dim()));
+    let tasks: Vec<_> = kv.map(|kv| (kv, q.by_ref().take(shape.group()).collect::<Vec<_>>())).collect();
     threads::with_serial_blas(|| {
-        tasks.into_par_iter().enumerate().for_each(|(i, ((mut dk, mut dv), dqs))| {
+        tasks.into_par_iter().enumerate().for_each(|(i, ((mut k, mut v), qs))| {
             let (b, kv) = (i / shape.kv_heads, i % shape.kv_heads);
-            dk.fill(0.0);
-            dv.fill(0.0);
-            for (j, dq) in dqs.into_iter().enumerate() {
+            let (mut dk, mut dv) = (Array2::zeros(k.dim()), Array2::zeros(v.dim()));
+            for (j, q) in qs.into_iter().enumerate() {
                 let h = kv * shape.group() + j;
-                let saved = Saved {
-                    q: head(&q, b, h),
-                    k: head(&k, b, kv),
-                    v: head(&v, b, kv),
+                let kept = Kept {
+                    k: k.view(),
+                    v: v.view(),
                     o: head(&o, b, h),
                     lse: &lse[(b * shape.heads + h) * shape.len..][..shape.len],
                 };
-                backward_head(shape.scale(), saved, head(&d_o, b, h), dq, [dk.view_mut(), dv.view_mut()]);
+                backward_head(shape.scale(), kept, head(&d_o, b, h), q, [dk.view_mut(), dv.view_mut()]);
             }
+            k.assign(&dk);
+            v.assign(&dv);
         })
     });
 }
 
-/// What the forward of one query head leaves for its backward: (T, D) each, and lse (T).
-struct Saved<'a> {
-    q: ArrayView2<'a, f32>,
+/// What the backward of one query head reads besides q: (T, D) each, and lse (T).
+struct Kept<'a> {
     k: ArrayView2<'a, f32>,
     v: ArrayView2<'a, f32>,
     o: ArrayView2<'a, f32>,
     lse: &'a [f32],
 }
 
-/// With P the probabilities and `dP = dO Vᵀ`: `dS = P · (dP - rowsum(dO · O))`, `dq = scale · dS K`,
-/// `dk += scale · dSᵀ Q`, `dv += Pᵀ dO`.
+/// With P the probabilities and `dP = dO Vᵀ`: `dS = P · (dP - rowsum(dO · O))`, `dk += scale · dSᵀ Q`, `dv += Pᵀ dO`,
+/// and `scale · dS K`, the gradient of q, in its place.
 fn backward_head(
     scale: f32,
-    saved: Saved,
+    kept: Kept,
     d_o: ArrayView2<f32>,
-    mut dq: ArrayViewMut2<f32>,
+    mut q: ArrayViewMut2<f32>,
     [mut dk, mut dv]: [ArrayViewMut2<f32>; 2],
 ) {
-    let Saved { q, k, v, o, lse } = saved;
+    let Kept { k, v, o, lse } = kept;
     let len = lse.len();
     let mut scratch = [vec![0f32; BLOCK.min(len) * len], vec![0f32; BLOCK.min(len) * len]];
     let [p_scratch, ds_scratch] = &mut scratch;
@@ -172,9 +163,9 @@ fn backward_head(
             p_future.fill(0.0);
             ds_future.fill(0.0);
         }
-        general_mat_mul(scale, &ds, &k.slice(keys), 0.0, &mut dq.slice_mut(rows));
         general_mat_mul(scale, &ds.t(), &q.slice(rows), 1.0, &mut dk.slice_mut(keys));
         general_mat_mul(1.0, &p.t(), &d_o.slice(rows), 1.0, &mut dv.slice_mut(keys));
+        general_mat_mul(scale, &ds, &k.slice(keys), 0.0, &mut q.slice_mut(rows));
     }
 }
 
@@ -224,8 +215,8 @@ mod tests {
         forward(shape, &q, &k, &v, &mut o, &mut lse);
         let (q64, k64, v64, d64) = (wide(&q), wide(&k), wide(&v), wide(&d_o));
         assert_close("o", &o, &reference(shape, &q64, &k64, &v64), 2e-6);
-        let (mut dq, mut dk, mut dv) = (vec![9.0; n], vec![9.0; m], vec![9.0; m]);
-        backward(shape, [&q, &k, &v], &o, &lse, &d_o, [&mut dq, &mut dk, &mut dv]);
+        let (mut dq, mut dk, mut dv) = (q, k, v);
+        backward(shape, [&mut dq, &mut dk, &mut dv], &o, &lse, &d_o);
         let f = |q: &[f64], k: &[f64], v: &[f64]| dot(&reference(shape, q, k, v), &d64);
         assert_close("dq", &dq, &gradient(&q64, |q| f(q, &k64, &v64)), 2e-6);
         assert_close("dk", &dk, &gradient(&k64, |k| f(&q64, k, &v64)), 2e-6);

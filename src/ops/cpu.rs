@@ -39,6 +39,14 @@ impl Device for Cpu {
         buffer.len()
     }
 
+    fn capacity(&self, buffer: &Vec<f32>) -> usize {
+        buffer.capacity()
+    }
+
+    fn set_len(&self, buffer: &mut Vec<f32>, len: usize) {
+        elementwise::set_len(buffer, len);
+    }
+
     fn upload_tokens(&self, tokens: &[u32]) -> Vec<u32> {
         tokens.to_vec()
     }
@@ -134,13 +142,12 @@ impl Device for Cpu {
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        [q, k, v]: [&Vec<f32>; 3],
+        [q, k, v]: [&mut Vec<f32>; 3],
         o: &Vec<f32>,
         lse: &Vec<f32>,
         d_o: &Vec<f32>,
-        [dq, dk, dv]: [&mut Vec<f32>; 3],
     ) {
-        attention::backward(shape, [q, k, v], o, lse, d_o, [dq, dk, dv]);
+        attention::backward(shape, [q, k, v], o, lse, d_o);
     }
 
     fn swiglu_forward(&self, gate: &Vec<f32>, up: &Vec<f32>, y: &mut Vec<f32>) {

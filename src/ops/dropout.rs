@@ -40,9 +40,9 @@ pub(super) fn hash(i: u32, key: u64) -> u32 {
     round(round(i.wrapping_add(key as u32)) ^ (key >> 32) as u32)
 }
 
-/// The first `x.len()` elements of y.
+/// As many elements as x and y both have.
 pub fn forward(dropout: Dropout, x: &[f32], y: &mut [f32]) {
-    let blocks = y[..x.len()].par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).enumerate();
+    let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).enumerate();
     blocks.for_each(|(i, (y, x))| forward_block(dropout, i * BLOCK, x, y));
 }
 
@@ -55,7 +55,7 @@ fn forward_block(dropout: Dropout, first: usize, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// `dx += dy / (1 - p)` where kept; the first `dx.len()` elements of dy.
+/// `dx += dy / (1 - p)` where kept; as many elements as both have.
 pub fn backward(dropout: Dropout, dy: &[f32], dx: &mut [f32]) {
     let blocks = dx.par_chunks_mut(BLOCK).zip(dy.par_chunks(BLOCK)).enumerate();
     blocks.for_each(|(i, (dx, dy))| backward_block(dropout, i * BLOCK, dy, dx));

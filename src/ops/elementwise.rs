@@ -3,9 +3,24 @@
 use super::math;
 use multiversion::multiversion;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Elements that one task takes: fixed, so that no result depends on the number of threads.
 pub(super) const BLOCK: usize = 1 << 15;
+
+/// Up to the capacity of `x`, without another allocation; what is new is 0.
+pub fn set_len(x: &mut Vec<f32>, len: usize) {
+    assert!(len <= x.capacity(), "set_len: {len} elements in a buffer made for {}", x.capacity());
+    match len.checked_sub(x.len()) {
+        None => x.truncate(len),
+        Some(more) => {
+            let new = &mut x.spare_capacity_mut()[..more];
+            new.par_chunks_mut(BLOCK).for_each(|x| x.fill(MaybeUninit::new(0.0)));
+            // SAFETY: the elements between the old and the new length have just been written.
+            unsafe { x.set_len(len) }
+        }
+    }
+}
 
 pub fn fill(x: &mut [f32], value: f32) {
     x.par_chunks_mut(BLOCK).for_each(|x| x.fill(value));
@@ -56,6 +71,17 @@ pub fn sum(x: &[f32]) -> f64 {
 mod tests {
     use super::*;
     use crate::ops::testing::{assert_close, noise, wide};
+
+    #[test]
+    fn a_buffer_gets_shorter_and_as_long_again_where_it_lies() {
+        let mut x = noise(1, 2 * BLOCK + 7);
+        let (expected, place) = (x[..5].to_vec(), x.as_ptr());
+        set_len(&mut x, 5);
+        assert_eq!(x, expected);
+        set_len(&mut x, 2 * BLOCK + 7);
+        assert!(x[..5] == expected && x[5..].iter().all(|x| *x == 0.0));
+        assert!(x.len() == 2 * BLOCK + 7 && x.as_ptr() == place);
+    }
 
     #[test]
     fn loops_agree_with_f64_over_several_blocks() {

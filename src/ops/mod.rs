@@ -60,6 +60,10 @@ pub trait Device: Send + Sync {
     }
     /// Elements of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// Elements that a buffer was made for.
+    fn capacity(&self, buffer: &Self::Buffer) -> usize;
+    /// Gives a buffer another length, up to its capacity, without another allocation. What it holds then is not defined.
+    fn set_len(&self, buffer: &mut Self::Buffer, len: usize);
     /// New token ids.
     fn upload_tokens(&self, tokens: &[u32]) -> Self::Tokens;
     /// Waits for everything that was asked for; whether all of it succeeded.
@@ -80,9 +84,9 @@ pub trait Device: Send + Sync {
     /// `sum x · y`, in f64.
     fn dot(&self, x: &Self::Buffer, y: &Self::Buffer) -> f64;
 
-    /// `y = x / (1 - p)` where `dropout` keeps, else 0, for the first `len(x)` elements of y.
+    /// `y = x / (1 - p)` where `dropout` keeps, else 0, for as many elements as both have.
     fn dropout_forward(&self, dropout: Dropout, x: &Self::Buffer, y: &mut Self::Buffer);
-    /// `dx += dy / (1 - p)` where `dropout` keeps, from the first `len(dx)` elements of dy.
+    /// `dx += dy / (1 - p)` where `dropout` keeps, for as many elements as both have.
     fn dropout_backward(&self, dropout: Dropout, dy: &Self::Buffer, dx: &mut Self::Buffer);
 
     /// `c = alpha · a · b + beta · c`; with `beta` 0, `c` is not read.
@@ -138,20 +142,19 @@ pub trait Device: Send + Sync {
         o: &mut Self::Buffer,
         lse: &mut Self::Buffer,
     );
-    /// `qkv` are the forward's inputs, `o` and `lse` its outputs, `d_qkv` the gradients to write.
+    /// Replaces `qkv`, the forward's inputs, by their gradients; `o` and `lse` are its outputs.
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        qkv: [&Self::Buffer; 3],
+        qkv: [&mut Self::Buffer; 3],
         o: &Self::Buffer,
         lse: &Self::Buffer,
         d_o: &Self::Buffer,
-        d_qkv: [&mut Self::Buffer; 3],
     );
 
-    /// `y = silu(gate) · up`, `silu(x) = x / (1 + e^-x)`; all of one length.
+    /// `y = silu(gate) · up`, `silu(x) = x / (1 + e^-x)`; gate and up of one length, y of no less.
     fn swiglu_forward(&self, gate: &Self::Buffer, up: &Self::Buffer, y: &mut Self::Buffer);
-    /// Replaces `gate` and `up` by their gradients.
+    /// Replaces `gate` and `up` by their gradients; dy may be longer.
     fn swiglu_backward(&self, dy: &Self::Buffer, gate: &mut Self::Buffer, up: &mut Self::Buffer);
 
     /// Cross-entropy of some rows of logits (rows, V) against `targets[first .. first + rows]`:

@@ -151,6 +151,14 @@ impl<D: Device> Device for Profiled<D> {
         self.device.len(buffer)
     }
 
+    fn capacity(&self, buffer: &D::Buffer) -> usize {
+        self.device.capacity(buffer)
+    }
+
+    fn set_len(&self, buffer: &mut D::Buffer, len: usize) {
+        self.time("allocate", |d| d.set_len(buffer, len));
+    }
+
     fn upload_tokens(&self, tokens: &[u32]) -> D::Tokens {
         self.time("upload", |d| d.upload_tokens(tokens))
     }
@@ -250,13 +258,12 @@ impl<D: Device> Device for Profiled<D> {
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        qkv: [&D::Buffer; 3],
+        qkv: [&mut D::Buffer; 3],
         o: &D::Buffer,
         lse: &D::Buffer,
         d_o: &D::Buffer,
-        d_qkv: [&mut D::Buffer; 3],
     ) {
-        self.time("attention, backward", |d| d.attention_backward(shape, qkv, o, lse, d_o, d_qkv));
+        self.time("attention, backward", |d| d.attention_backward(shape, qkv, o, lse, d_o));
     }
 
     fn swiglu_forward(&self, gate: &D::Buffer, up: &D::Buffer, y: &mut D::Buffer) {

@@ -5,8 +5,8 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 pub fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
-    assert_eq!((gate.len(), up.len()), (y.len(), y.len()), "swiglu: lengths");
-    let blocks = y.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
+    assert_eq!(gate.len(), up.len(), "swiglu: lengths");
+    let blocks = y[..gate.len()].par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
     blocks.for_each(|((y, gate), up)| forward_block(gate, up, y));
 }
 
@@ -19,7 +19,8 @@ fn forward_block(gate: &[f32], up: &[f32], y: &mut [f32]) {
 
 /// `silu'(x) = s + x · s · (1 - s)` with `s = sigmoid(x)`. Gate and up are replaced by their gradients.
 pub fn backward(dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
-    assert_eq!((gate.len(), up.len()), (dy.len(), dy.len()), "swiglu: lengths");
+    assert_eq!(gate.len(), up.len(), "swiglu: lengths");
+    let dy = &dy[..gate.len()];
     let blocks = gate.par_chunks_mut(BLOCK).zip(up.par_chunks_mut(BLOCK)).zip(dy.par_chunks(BLOCK));
     blocks.for_each(|((gate, up), dy)| backward_block(dy, gate, up));
 }

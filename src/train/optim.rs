@@ -66,7 +66,7 @@ impl<D: Device> Optimizer<D> {
 
     /// Forgets tensors that are no longer trained.
     pub fn retain_trained(&mut self, model: &Model<D>) {
-        let trained: Vec<&str> = model.params().iter().filter(|p| p.grad.is_some()).map(|p| p.name.as_str()).collect();
+        let trained: Vec<&str> = model.params().iter().filter(|p| p.trainable).map(|p| p.name.as_str()).collect();
         self.moments.retain(|name, _| trained.contains(&name.as_str()));
     }
 

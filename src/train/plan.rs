@@ -28,7 +28,7 @@ pub struct Needs {
     pub trained: u64,
     /// Weights.
     pub weights: u64,
-    /// Gradients.
+    /// Gradients that have memory of their own: with one pass per update, those of most projections lie where activations were.
     pub gradients: u64,
     /// The moments of AdamW.
     pub optimiser: u64,
@@ -107,10 +107,15 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             models.push((name.clone(), preset(name)?));
         }
     }
-    let shape = [t.batch_size, config.data.max_length];
+    let passes = memory::Passes {
+        batch: t.batch_size,
+        len: config.data.max_length,
+        accumulation: t.gradient_accumulation,
+        activation_checkpointing: t.activation_checkpointing,
+    };
     let needs = |name: &str, llama: &LlamaConfig, mode, dtype| {
         let lora = (mode != Mode::Full).then_some(&spec);
-        let e = memory::elements(llama, lora, shape, t.activation_checkpointing);
+        let e = memory::elements(llama, lora, passes);
         let width: u64 = if dtype == "f32" { 4 } else { 2 };
         let (weights, gradients, optimiser) = (width * e.weights, width * e.gradients, 4 * e.moments);
         let activations = width * e.activations;
@@ -119,13 +124,13 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             mode,
             dtype,
             parameters: e.weights,
-            trained: e.gradients,
+            trained: e.trained,
             weights,
             gradients,
             optimiser,
             activations,
             total: weights + gradients + optimiser + activations + PROCESS,
-            flops_per_token: memory::flops_per_token(llama, lora, shape),
+            flops_per_token: memory::flops_per_token(llama, lora, [passes.batch, passes.len]),
         }
     };
     let modes = [Mode::Full, Mode::Lora, Mode::Relora];

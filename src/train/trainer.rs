@@ -114,6 +114,7 @@ impl<D: Device> Trainer<D> {
         trainer.round(|_| true, |_| Rounding::Nearest);
         trainer.model.set_trainable(|_| true);
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
+        trainer.model.set_gradient_accumulation(trainer.config.train.gradient_accumulation > 1);
         Ok(trainer)
     }
 
@@ -253,7 +254,6 @@ impl<D: Device> Trainer<D> {
             return Ok(Update { loss: f64::NAN, lr, grad_norm: f64::NAN, outcome: UpdateOutcome::PassedOver });
         }
         let mut loss = 0.0;
-        self.model.zero_grad();
         for pass in 0..accumulation {
             self.model.set_dropout_key(mix(t.seed ^ mix(self.step ^ mix(pass as u64))));
             self.tokens.clear();
@@ -272,6 +272,8 @@ impl<D: Device> Trainer<D> {
         } else {
             self.skipped += 1;
         }
+        // Now, not before the next pass: an evaluation between them needs the memory.
+        self.model.zero_grad();
         self.step += 1;
         if self.skipped as f64 > (MAX_SKIPPED * t.num_training_steps as f64).max(1.0) {
             return Err(Error::world(format!(
