@@ -87,7 +87,7 @@ pub fn generate<D: Device>(
         logits = decoder.push(id)?;
     }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    let (mut tokens, mut text) = (Vec::new(), String::new());
+    let (mut tokens, mut text, mut stream) = (Vec::new(), String::new(), tokenizer.stream());
     let finish = loop {
         if tokens.len() == options.max_new_tokens {
             break Finish::Length;
@@ -98,30 +98,24 @@ pub fn generate<D: Device>(
             break Finish::EndOfDocument;
         }
         tokens.push(token);
-        grow(&mut text, &tokenizer.decode(&tokens)?, false, each)?;
+        let piece = stream.push(token)?;
+        if !piece.is_empty() {
+            each(&piece)?;
+            text.push_str(&piece);
+        }
         if decoder.len() == config.max_position_embeddings {
             break Finish::Context;
         }
         interrupt::check()?;
         logits = decoder.push(token)?;
     };
+    // What an incomplete character at the end is decoded to.
     let shown = tokens.strip_suffix(&[tokenizer.end_of_document()]).unwrap_or(&tokens);
-    grow(&mut text, &tokenizer.decode(shown)?, true, each)?;
-    Ok(Generated { prompt: prompt.to_owned(), text, tokens, finish })
-}
-
-/// Adds what `decoded` has more than `text`. A character at the end that is not complete (it decodes to U+FFFD) waits for
-/// its other bytes, unless this is the `last` piece.
-fn grow(text: &mut String, decoded: &str, last: bool, each: &mut dyn FnMut(&str) -> Result<()>) -> Result<()> {
-    let whole = if last { decoded } else { decoded.trim_end_matches('\u{fffd}') };
-    match whole.strip_prefix(text.as_str()) {
-        None | Some("") => Ok(()),
-        Some(piece) => {
-            each(piece)?;
-            text.push_str(piece);
-            Ok(())
-        }
+    if let Some(rest) = tokenizer.decode(shown)?.strip_prefix(text.as_str()).filter(|rest| !rest.is_empty()) {
+        each(rest)?;
+        text.push_str(rest);
     }
+    Ok(Generated { prompt: prompt.to_owned(), text, tokens, finish })
 }
 
 /// The most likely token, or one drawn from the `top_k` most likely with their probabilities.
@@ -169,20 +163,5 @@ mod tests {
         let top_two: Vec<u32> = (0..100).map(|_| choose(&logits, &options(1.0, 2), &mut rng)).collect();
         assert!(top_two.iter().all(|t| [1, 3].contains(t)) && top_two.contains(&1));
         assert_eq!(choose(&logits, &options(0.0, 0), &mut rng), 3);
-    }
-
-    #[test]
-    fn characters_of_several_bytes_wait_until_they_are_complete() {
-        let bytes = b"a\xc3\xa9\xff\xe2\x82";
-        let (mut text, mut pieces) = (String::new(), Vec::new());
-        for end in 1..=bytes.len() {
-            let decoded = String::from_utf8_lossy(&bytes[..end]);
-            let mut each = |piece: &str| {
-                pieces.push(piece.to_owned());
-                Ok(())
-            };
-            grow(&mut text, &decoded, end == bytes.len(), &mut each).unwrap();
-        }
-        assert_eq!(pieces, ["a", "\u{e9}", "\u{fffd}\u{fffd}"]);
     }
 }

@@ -6,7 +6,7 @@ mod shard;
 mod tokenizer;
 
 pub use documents::Layout;
-pub use tokenizer::{BYTE_VOCABULARY, END_OF_DOCUMENT, Tokenizer};
+pub use tokenizer::{BYTE_VOCABULARY, END_OF_DOCUMENT, TextStream, Tokenizer};
 
 use crate::{
     error::{Error, Result},

@@ -133,6 +133,54 @@ impl Tokenizer {
     }
 }
 
+/// The text of ids that come one by one, at a cost per id that does not grow with the text.
+pub struct TextStream<'a>(Box<dyn FnMut(u32) -> Result<String> + 'a>);
+
+impl TextStream<'_> {
+    /// What `id` adds to the text. A character of several ids comes with the last of them.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        (self.0)(id)
+    }
+}
+
+impl Tokenizer {
+    /// Begins a text. What an incomplete character at its end is decoded to is in [`Tokenizer::decode`] of all ids alone.
+    pub fn stream(&self) -> TextStream<'_> {
+        match self {
+            Tokenizer::Bytes => {
+                let mut pending = Vec::new();
+                TextStream(Box::new(move |id| {
+                    pending.extend(u8::try_from(id).ok());
+                    Ok(complete_text(&mut pending))
+                }))
+            }
+            Tokenizer::HuggingFace(v) => {
+                let mut stream = v.inner.decode_stream(false);
+                TextStream(Box::new(move |id| {
+                    let piece = stream.step(id).map_err(|e| Error::request(format!("cannot decode: {e}")))?;
+                    Ok(piece.unwrap_or_default())
+                }))
+            }
+        }
+    }
+}
+
+/// Takes what is certain from the front of `bytes`: all but the beginning of a character.
+fn complete_text(bytes: &mut Vec<u8>) -> String {
+    let incomplete = match bytes.utf8_chunks().last() {
+        // Invalid whatever follows, or only cut off?
+        Some(chunk) => match std::str::from_utf8(chunk.invalid()) {
+            Err(e) if e.error_len().is_none() => chunk.invalid().len(),
+            _ => 0,
+        },
+        None => 0,
+    };
+    let rest = bytes.split_off(bytes.len() - incomplete);
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    *bytes = rest;
+    text
+}
+
 /// `eos_token` of a `tokenizer_config.json`: a string, or an object with `content`.
 fn eos_token(path: &Path) -> Option<String> {
     let config: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
@@ -159,6 +207,22 @@ mod tests {
             assert_eq!(serde_json::json!(ids), case["ids"], "{text}");
             assert_eq!(tokenizer.decode(&ids).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn a_stream_gives_characters_when_they_are_complete() {
+        let mut stream = Tokenizer::Bytes.stream();
+        let pieces: Vec<String> =
+            b"a\xc3\xa9\xff\xe2\x82x\xe2\x82".iter().map(|&b| stream.push(b.into()).unwrap()).collect();
+        assert_eq!(pieces, ["a", "", "\u{e9}", "\u{fffd}", "", "", "\u{fffd}x", "", ""]);
+
+        let tokenizer = Tokenizer::load(&fixture(), None).unwrap();
+        let text = "na\u{ef}ve \u{1f600} text, twice: \u{1f600}\u{1f600}.";
+        let ids = tokenizer.encode(text).unwrap();
+        let mut stream = tokenizer.stream();
+        let pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+        assert_eq!(pieces.concat(), text);
+        assert!(!pieces.iter().any(|p| p.contains('\u{fffd}')) && pieces.contains(&String::new()), "{pieces:?}");
     }
 
     #[test]
