@@ -243,9 +243,9 @@ fn a_plan_of_presets_needs_no_configuration() {
         let found = needs.iter().find(|n| n["model"] == model && n["mode"] == mode && n["dtype"] == dtype);
         found.unwrap()["total"].as_f64().unwrap()
     };
-    // 6.74e9 parameters, 16 bytes each, and activations.
-    assert!(total("llama_7b", "full", "f32") > 16.0 * 6.7e9);
-    assert!(total("llama_7b", "relora", "f32") < 0.5 * total("llama_7b", "full", "f32"));
+    // 6.74e9 parameters, 12 bytes each, gradients that lie where no activation was, and activations.
+    assert!(total("llama_7b", "full", "f32") > 12.0 * 6.7e9);
+    assert!(total("llama_7b", "relora", "f32") < 0.55 * total("llama_7b", "full", "f32"));
     assert!(total("llama_1b", "relora", "bf16") < total("llama_1b", "relora", "f32"));
     let all = run(["train", "--plan", "all"]);
     assert!(all.0 == 0 && all.1.contains("llama_250m_50K"), "{}", all.2);
