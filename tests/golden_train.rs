@@ -4,11 +4,12 @@
 mod common;
 mod golden;
 
+use common::cuda_double::on_both_devices;
 use golden::{assert_close, fixture, json, text, values};
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},
     model::{Model, ParamKind},
-    ops::{Cpu, Device},
+    ops::Device,
     train::{
         config::Config,
         schedule::{Schedule, Scheduler},
@@ -43,34 +44,36 @@ fn scheduler(settings: &Value) -> Scheduler {
     serde_json::from_value(settings["scheduler"].clone()).unwrap()
 }
 
-#[test]
-fn full_rank_training_follows_pytorch() {
-    let trajectory = json("full/trajectory.json");
-    let config = config(&trajectory, "full", "");
-    let trainer = replay(config, &trajectory, |_, _| ());
-    final_weights_match(&trainer, &trajectory);
+on_both_devices! {
+    fn full_rank_training_follows_pytorch(device) {
+        let trajectory = json("full/trajectory.json");
+        let config = config(&trajectory, "full", "");
+        let trainer = replay(device, config, &trajectory, |_, _| ());
+        final_weights_match(&trainer, &trajectory);
+    }
 }
 
-#[test]
-fn three_relora_cycles_follow_pytorch() {
-    let trajectory = json("relora/trajectory.json");
-    let config = config(&trajectory, "relora", "[relora]\nlora_r = 4\nlora_alpha = 8\nrelora = 8\n");
-    let mut trainer = replay(config, &trajectory, |trainer, cycle| {
-        let initial = TensorFile::open(&fixture(&format!("relora/initial_a_{cycle}.safetensors"))).unwrap();
-        let (device, params) = trainer.model.device_and_params_mut();
-        for param in params.iter_mut().filter(|p| p.kind == ParamKind::LoraA) {
-            device.write(&mut param.value, &initial.tensor_named(&param.name).unwrap().to_f32().unwrap());
-        }
-    });
-    assert_eq!(trainer.cycle, 3);
-    trainer.finish_cycles();
-    final_weights_match(&trainer, &trajectory);
+on_both_devices! {
+    fn three_relora_cycles_follow_pytorch(device) {
+        let trajectory = json("relora/trajectory.json");
+        let config = config(&trajectory, "relora", "[relora]\nlora_r = 4\nlora_alpha = 8\nrelora = 8\n");
+        let mut trainer = replay(device, config, &trajectory, |trainer, cycle| {
+            let initial = TensorFile::open(&fixture(&format!("relora/initial_a_{cycle}.safetensors"))).unwrap();
+            let (device, params) = trainer.model.device_and_params_mut();
+            for param in params.iter_mut().filter(|p| p.kind == ParamKind::LoraA) {
+                device.write(&mut param.value, &initial.tensor_named(&param.name).unwrap().to_f32().unwrap());
+            }
+        });
+        assert_eq!(trainer.cycle, 3);
+        trainer.finish_cycles();
+        final_weights_match(&trainer, &trajectory);
 
-    // And every weight against the f32 run: 2e-5 is one part in 5000 of what training moved.
-    let expected = Checkpoint::open(&fixture("relora")).unwrap();
-    for param in trainer.model.params() {
-        let found: Vec<f64> = trainer.model.device().read(&param.value).into_iter().map(f64::from).collect();
-        assert_close(&param.name, &param.shape, &found, &values(&expected, &param.name), |_| 2e-5);
+        // And every weight against the f32 run: 2e-5 is one part in 5000 of what training moved.
+        let expected = Checkpoint::open(&fixture("relora")).unwrap();
+        for param in trainer.model.params() {
+            let found: Vec<f64> = trainer.model.device().read(&param.value).into_iter().map(f64::from).collect();
+            assert_close(&param.name, &param.shape, &found, &values(&expected, &param.name), |_| 2e-5);
+        }
     }
 }
 
@@ -94,10 +97,15 @@ fn config(trajectory: &Value, mode: &str, more: &str) -> Config {
 }
 
 /// Runs all updates; `begin(trainer, cycle)` is called as a cycle starts. Rate, loss and gradient norm must agree.
-fn replay(config: Config, trajectory: &Value, begin: impl Fn(&mut Trainer<Cpu>, u64)) -> Trainer<Cpu> {
+fn replay<D: Device>(
+    device: D,
+    config: Config,
+    trajectory: &Value,
+    begin: impl Fn(&mut Trainer<D>, u64),
+) -> Trainer<D> {
     let dir = tempfile::tempdir().unwrap();
     let shard = shard(dir.path(), trajectory["first_batch"].as_u64().unwrap() as usize * 4 * 48);
-    let model = Model::load(Cpu, &Checkpoint::open(&fixture("tiny_llama")).unwrap()).unwrap();
+    let model = Model::load(device, &Checkpoint::open(&fixture("tiny_llama")).unwrap()).unwrap();
     let mut trainer = Trainer::new(config, model, shard).unwrap();
     for expected in trajectory["updates"].as_array().unwrap() {
         if trainer.cycles_start_here() {
@@ -137,7 +145,7 @@ fn shard(dir: &std::path::Path, first: usize) -> TokenShard {
 }
 
 /// Sums over the final weights, the second one weighted by position, within 2e-6 per element of the f64 run.
-fn final_weights_match(trainer: &Trainer<Cpu>, trajectory: &Value) {
+fn final_weights_match<D: Device>(trainer: &Trainer<D>, trajectory: &Value) {
     let expected = trajectory["final_weights"].as_object().unwrap();
     assert_eq!(trainer.model.params().len(), expected.len(), "number of weights");
     for param in trainer.model.params() {

@@ -64,6 +64,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("parquet", &["tokenize"]),
     ("flate2", &["tokenize"]),
     ("zstd", &["tokenize"]),
+    ("cudarc", &["ops"]),
+    ("libloading", &["ops"]),
 ];
 
 #[test]

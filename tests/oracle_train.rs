@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::oracles;
+use common::{cuda_double::on_both_devices, oracles};
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},
     model::{Model, ParamKind},
-    ops::{Cpu, Device},
+    ops::Device,
     train::{
         config::{Config, PruningMask},
         prune::prune_moments,
@@ -131,7 +131,7 @@ fn shard(root: &Path, case: &str) -> (tempfile::TempDir, TokenShard) {
 }
 
 /// Puts the stored A of a cycle in place of the drawn one.
-fn set_a(trainer: &mut Trainer<Cpu>, adapter: &Path) {
+fn set_a<D: Device>(trainer: &mut Trainer<D>, adapter: &Path) {
     let file = TensorFile::open(&adapter.join("adapter_model.safetensors")).unwrap();
     let (device, params) = trainer.model.device_and_params_mut();
     for p in params.iter_mut().filter(|p| p.kind == ParamKind::LoraA) {
@@ -141,16 +141,17 @@ fn set_a(trainer: &mut Trainer<Cpu>, adapter: &Path) {
 }
 
 /// Replays a case; `initial_a(cycle)` from 0. Checks rate, loss and gradient norm of every update.
-fn replay(
+fn replay<D: Device>(
+    device: D,
     root: &Path,
     case: &str,
     folder: PathBuf,
     more: &str,
     initial_a: Option<&dyn Fn(u64) -> PathBuf>,
-) -> Trainer<Cpu> {
+) -> Trainer<D> {
     let config = trajectory_config(root, case, more);
     let (_dir, shard) = shard(root, case);
-    let model = Model::load(Cpu, &Checkpoint::open(config.model.checkpoint.as_ref().unwrap()).unwrap()).unwrap();
+    let model = Model::load(device, &Checkpoint::open(config.model.checkpoint.as_ref().unwrap()).unwrap()).unwrap();
     let mut trainer = Trainer::new(config, model, shard).unwrap();
     for row in json(&folder.join("trajectory.json"))["steps"].as_array().unwrap() {
         if trainer.cycles_start_here() {
@@ -192,7 +193,7 @@ fn replay(
 }
 
 /// Every weight of the trainer's model against a stored one.
-fn weights_match(trainer: &Trainer<Cpu>, expected: &Path, tolerance: f32) {
+fn weights_match<D: Device>(trainer: &Trainer<D>, expected: &Path, tolerance: f32) {
     let expected = Checkpoint::open(expected).unwrap();
     for tensor in expected.tensors() {
         let found = trainer.model.device().read(&trainer.model.param(tensor.name()).unwrap().value);
@@ -203,69 +204,77 @@ fn weights_match(trainer: &Trainer<Cpu>, expected: &Path, tolerance: f32) {
     }
 }
 
-#[test]
-fn full_rank_training_follows_pytorch() {
-    let Some(root) = oracles() else { return };
-    let folder = root.join("train/c1_full");
-    let trainer = replay(&root, "c1_full", folder.clone(), "", None);
-    weights_match(&trainer, &folder.join("final"), 2e-5);
+on_both_devices! {
+    fn full_rank_training_follows_pytorch(device) {
+        let Some(root) = oracles() else { return };
+        let folder = root.join("train/c1_full");
+        let trainer = replay(device, &root, "c1_full", folder.clone(), "", None);
+        weights_match(&trainer, &folder.join("final"), 2e-5);
+    }
 }
 
-#[test]
-fn lora_training_follows_pytorch() {
-    let Some(root) = oracles() else { return };
-    let folder = root.join("train/c2_lora");
-    let a = |_| root.join("train/c2_lora/adapter_init");
-    let trainer = replay(&root, "c2_lora", folder.clone(), "", Some(&a));
-    weights_match(&trainer, &folder.join("final_nonlora.safetensors"), 2e-5);
-    let adapter = TensorFile::open(&folder.join("adapter_final/adapter_model.safetensors")).unwrap();
-    for tensor in adapter.tensors() {
-        let name = tensor.name().trim_start_matches("base_model.model.");
-        let found = trainer.model.device().read(&trainer.model.param(name).unwrap().value);
-        for (a, b) in found.iter().zip(tensor.to_f32().unwrap().iter()) {
-            assert!((a - b).abs() <= 2e-5, "{name}: {a} instead of {b}");
+on_both_devices! {
+    fn lora_training_follows_pytorch(device) {
+        let Some(root) = oracles() else { return };
+        let folder = root.join("train/c2_lora");
+        let a = |_| root.join("train/c2_lora/adapter_init");
+        let trainer = replay(device, &root, "c2_lora", folder.clone(), "", Some(&a));
+        weights_match(&trainer, &folder.join("final_nonlora.safetensors"), 2e-5);
+        let adapter = TensorFile::open(&folder.join("adapter_final/adapter_model.safetensors")).unwrap();
+        for tensor in adapter.tensors() {
+            let name = tensor.name().trim_start_matches("base_model.model.");
+            let found = trainer.model.device().read(&trainer.model.param(name).unwrap().value);
+            for (a, b) in found.iter().zip(tensor.to_f32().unwrap().iter()) {
+                assert!((a - b).abs() <= 2e-5, "{name}: {a} instead of {b}");
+            }
         }
     }
 }
 
 /// `tolerance` is on the final weights: f32 runs that sum in another order stay within 5e-6 of each other, but for
 /// `official_mag90`, where an orphaned first moment multiplies a rounding difference by up to 1e8 (see `pruning_mask`).
-fn relora(case: &str, more: &str, tolerance: f32) {
+fn relora<D: Device>(device: D, case: &str, more: &str, tolerance: f32) {
     let Some(root) = oracles() else { return };
     let folder = root.join("train/c3_relora");
     let a = |cycle| folder.join(format!("adapter_init_cycle{cycle}"));
-    let mut trainer = replay(&root, "c3_relora", folder.join(case), more, Some(&a));
+    let mut trainer = replay(device, &root, "c3_relora", folder.join(case), more, Some(&a));
     trainer.finish_cycles();
     weights_match(&trainer, &folder.join(case).join("final_merged"), tolerance);
 }
 
-#[test]
-fn relora_with_zeroed_moments_follows_pytorch() {
-    relora("boundary_zero", "reset_adam_step = false\n", 5e-5);
+on_both_devices! {
+    fn relora_with_zeroed_moments_follows_pytorch(device) {
+        relora(device, "boundary_zero", "reset_adam_step = false\n", 5e-5);
+    }
 }
 
-#[test]
-fn relora_with_zeroed_moments_and_a_new_bias_correction_follows_pytorch() {
-    relora("boundary_zero_stepreset", "", 5e-5);
+on_both_devices! {
+    fn relora_with_zeroed_moments_and_a_new_bias_correction_follows_pytorch(device) {
+        relora(device, "boundary_zero_stepreset", "", 5e-5);
+    }
 }
 
-#[test]
-fn relora_with_magnitude_pruning_follows_pytorch() {
-    relora("boundary_mag90", &format!("{OFFICIAL_PRUNING}restart_timing = \"boundary\"\n"), 5e-5);
+on_both_devices! {
+    fn relora_with_magnitude_pruning_follows_pytorch(device) {
+        relora(device, "boundary_mag90", &format!("{OFFICIAL_PRUNING}restart_timing = \"boundary\"\n"), 5e-5);
+    }
 }
 
-#[test]
-fn relora_with_official_timing_follows_pytorch() {
-    relora("official_mag90", &format!("{OFFICIAL_PRUNING}restart_timing = \"official\"\n"), 2e-3);
+on_both_devices! {
+    fn relora_with_official_timing_follows_pytorch(device) {
+        relora(device, "official_mag90", &format!("{OFFICIAL_PRUNING}restart_timing = \"official\"\n"), 2e-3);
+    }
 }
 
-#[test]
-fn relora_with_official_timing_and_zero_a_follows_pytorch() {
-    relora(
-        "official_mag90_zeroA",
-        &format!("{OFFICIAL_PRUNING}restart_timing = \"official\"\nzero_initial_a = true\n"),
-        5e-5,
-    );
+on_both_devices! {
+    fn relora_with_official_timing_and_zero_a_follows_pytorch(device) {
+        relora(
+            device,
+            "official_mag90_zeroA",
+            &format!("{OFFICIAL_PRUNING}restart_timing = \"official\"\nzero_initial_a = true\n"),
+            5e-5,
+        );
+    }
 }
 
 const OFFICIAL_PRUNING: &str =

@@ -1,11 +1,11 @@
 //! `relora-kit eval`
 
-use super::{Outcome, Output, parse_device};
+use super::{DeviceChoice, Outcome, Output, open_cuda, parse_device};
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     model::Model,
-    ops::Cpu,
+    ops::{Cpu, Device},
     progress::Progress,
     report,
     train::{
@@ -36,18 +36,25 @@ pub struct Args {
     /// Predictions to evaluate at most (default: all)
     #[arg(long, value_name = "N")]
     max_predictions: Option<u64>,
-    /// What to compute on
-    #[arg(long, default_value = "cpu", value_parser = parse_device)]
-    device: String,
+    /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    device: DeviceChoice,
     #[command(flatten)]
     output: Output,
 }
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        match self.device {
+            DeviceChoice::Cpu => self.run_on(Cpu, progress),
+            DeviceChoice::Cuda(ordinal) => self.run_on(open_cuda(ordinal, progress)?, progress),
+        }
+    }
+
+    fn run_on<D: Device>(&self, device: D, progress: &Progress) -> Result<Outcome> {
         let shard = TokenShard::open(&self.data)?;
         shard.check_tokenizer(&self.model)?;
-        let mut model = Model::load(Cpu, &Checkpoint::open(&self.model)?)?;
+        let mut model = Model::load(device, &Checkpoint::open(&self.model)?)?;
         let longest = model.config().max_position_embeddings;
         let max_length = self.max_length.unwrap_or(longest);
         if max_length < 2 || max_length > longest {

@@ -1,12 +1,12 @@
 //! `relora-kit generate`
 
-use super::{Outcome, parse_device};
+use super::{DeviceChoice, Outcome, open_cuda, parse_device};
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     generate::{Options, generate},
     model::Model,
-    ops::Cpu,
+    ops::{Cpu, Device},
     progress::Progress,
     report,
     tokenize::Tokenizer,
@@ -46,21 +46,28 @@ pub struct Args {
     /// Print one JSON object at the end: prompt, text, tokens, finish
     #[arg(long)]
     json: bool,
-    /// What to compute on
-    #[arg(long, default_value = "cpu", value_parser = parse_device)]
-    device: String,
+    /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    device: DeviceChoice,
 }
 
 impl Args {
-    pub(super) fn run(self, _progress: &Progress) -> Result<Outcome> {
+    pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(Error::request(format!("--temperature is {}, expected 0 or more", self.temperature)));
         }
-        let model = Model::load(Cpu, &Checkpoint::open(&self.model)?)?;
+        match self.device {
+            DeviceChoice::Cpu => self.run_on(Cpu),
+            DeviceChoice::Cuda(ordinal) => self.run_on(open_cuda(ordinal, progress)?),
+        }
+    }
+
+    fn run_on<D: Device>(&self, device: D) -> Result<Outcome> {
+        let model = Model::load(device, &Checkpoint::open(&self.model)?)?;
         let folder = if self.model.is_dir() { &*self.model } else { self.model.parent().unwrap_or(&self.model) };
         let own = folder.join("tokenizer.json");
-        let tokenizer = match self.tokenizer {
-            Some(path) => Tokenizer::load(&path, None)?,
+        let tokenizer = match &self.tokenizer {
+            Some(path) => Tokenizer::load(path, None)?,
             None if own.exists() => Tokenizer::load(&own, None)?,
             None => Tokenizer::Bytes,
         };

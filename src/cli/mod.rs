@@ -13,7 +13,13 @@ mod tokenize;
 mod train;
 mod verify;
 
-use crate::{error::Error, interrupt, progress::Progress, report::Format};
+use crate::{
+    error::Error,
+    interrupt,
+    ops::{Cuda, CudaOptions},
+    progress::Progress,
+    report::Format,
+};
 use clap::{Args, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::{path::PathBuf, process::ExitCode};
 
@@ -93,12 +99,30 @@ enum Command {
     Completions(completions::Args),
 }
 
-/// `cpu`. Other devices are refused with a sentence until a backend for them exists.
-fn parse_device(text: &str) -> std::result::Result<String, String> {
+/// What to compute on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum DeviceChoice {
+    Cpu,
+    /// The NVIDIA GPU with this number.
+    Cuda(usize),
+}
+
+/// `cpu`, `cuda` (the first GPU) or `cuda:N`.
+fn parse_device(text: &str) -> std::result::Result<DeviceChoice, String> {
+    let number = |n: &str| n.parse().ok().filter(|_| n.bytes().all(|b| b.is_ascii_digit()));
     match text {
-        "cpu" => Ok(text.to_owned()),
-        _ => Err(format!("device '{text}' is not supported, expected cpu")),
+        "cpu" => Some(DeviceChoice::Cpu),
+        "cuda" => Some(DeviceChoice::Cuda(0)),
+        _ => text.strip_prefix("cuda:").and_then(number).map(DeviceChoice::Cuda),
     }
+    .ok_or_else(|| format!("device '{text}' is not supported, expected cpu, cuda or cuda:N"))
+}
+
+/// Opens the NVIDIA GPU with this number, with what the environment says about CUDA's libraries.
+fn open_cuda(ordinal: usize, progress: &Progress) -> Result<Cuda, Error> {
+    let device = Cuda::open(&CudaOptions::from_env(ordinal))?;
+    progress.detail(&format!("device cuda:{ordinal} is {}", device.model()));
+    Ok(device)
 }
 
 /// What a command that ran to its end has to say.
@@ -181,6 +205,16 @@ mod tests {
         assert_eq!(choice("relora-kit --color never inspect x --color=always"), ColorChoice::Always);
         assert_eq!(choice("relora-kit inspect x --color never"), ColorChoice::Never);
         assert_eq!(choice("relora-kit inspect x --color"), ColorChoice::Auto);
+    }
+
+    #[test]
+    fn devices_are_cpu_and_numbered_gpus() {
+        assert_eq!(parse_device("cpu"), Ok(DeviceChoice::Cpu));
+        assert_eq!(parse_device("cuda"), Ok(DeviceChoice::Cuda(0)));
+        assert_eq!(parse_device("cuda:3"), Ok(DeviceChoice::Cuda(3)));
+        for text in ["", "gpu", "cuda:", "cuda:+1", "cuda:-1", "cuda:1:2", "CPU"] {
+            assert!(parse_device(text).unwrap_err().contains("expected cpu, cuda or cuda:N"), "{text}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `relora-kit train`
 
-use super::{Outcome, parse_device};
+use super::{DeviceChoice, Outcome, open_cuda, parse_device};
 use crate::{
     error::{Error, Result},
     ops::{Cpu, Device, Profiled},
@@ -47,6 +47,7 @@ relora = 5000
   relora-kit train --config run.toml -o run --profile
   relora-kit train --plan --config run.toml
   relora-kit train --plan llama_350m,llama_1b,llama_7b --set train.batch_size=4
+  relora-kit train --config run.toml -o run --device cuda
   relora-kit train --resume run")]
 pub struct Args {
     /// The configuration
@@ -70,9 +71,9 @@ pub struct Args {
     /// Print the memory that training will need, and train nothing; of these presets (or `all`), or of the configured model
     #[arg(long, value_name = "PRESET,...", num_args = 0..=1, value_delimiter = ',', conflicts_with = "resume")]
     plan: Option<Vec<String>>,
-    /// What to compute on
-    #[arg(long, default_value = "cpu", value_parser = parse_device)]
-    device: String,
+    /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    device: DeviceChoice,
     /// How the summary is printed
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -84,17 +85,13 @@ impl Args {
             report::emit(&self.plan(presets)?, self.format, None, false)?;
             return Ok(Outcome::Yes);
         }
-        let summary = if self.profile {
-            let device = Profiled::new(Cpu);
-            let mut summary = self.train(device.clone(), progress)?;
-            if let Some(summary) = &mut summary {
-                summary.operations = device.operations();
-                let trace = device.trace().to_string();
-                staged::write_file(&summary.run.join("profile.json"), trace.as_bytes(), true)?;
-            }
-            summary
-        } else {
-            self.train(Cpu, progress)?
+        if let Some(config) = &self.config {
+            // What is wrong with it is said before a GPU is opened.
+            Config::read(config, &self.set)?;
+        }
+        let summary = match self.device {
+            DeviceChoice::Cpu => self.train_on(Cpu, progress)?,
+            DeviceChoice::Cuda(ordinal) => self.train_on(open_cuda(ordinal, progress)?, progress)?,
         };
         if let Some(summary) = summary {
             report::emit(&summary, self.format, None, false)?;
@@ -112,6 +109,21 @@ impl Args {
             None => Config::parse(PLANNED, Path::new("the defaults of --plan"), &self.set)?,
         };
         plan(&config, presets)
+    }
+
+    /// [`Args::train`], with a profile if one is asked for.
+    fn train_on<D: Device + Clone>(&self, device: D, progress: &Progress) -> Result<Option<Summary>> {
+        if !self.profile {
+            return self.train(device, progress);
+        }
+        let device = Profiled::new(device);
+        let mut summary = self.train(device.clone(), progress)?;
+        if let Some(summary) = &mut summary {
+            summary.operations = device.operations();
+            let trace = device.trace().to_string();
+            staged::write_file(&summary.run.join("profile.json"), trace.as_bytes(), true)?;
+        }
+        Ok(summary)
     }
 
     /// `None`: the run was finished already.

@@ -23,22 +23,47 @@ pub struct AdamW {
     pub grad_scale: f64,
 }
 
+/// The numbers that every element is computed with.
+pub(super) struct Factors {
+    pub keep: f32,
+    pub b1: f32,
+    pub c1: f32,
+    pub b2: f32,
+    pub c2: f32,
+    pub size: f32,
+    pub root: f32,
+    pub eps: f32,
+    pub grad_scale: f32,
+}
+
+impl AdamW {
+    pub(super) fn factors(&self) -> Factors {
+        let t = self.step as f64;
+        Factors {
+            keep: (1.0 - self.lr * self.weight_decay) as f32,
+            b1: self.beta1 as f32,
+            c1: (1.0 - self.beta1) as f32,
+            b2: self.beta2 as f32,
+            c2: (1.0 - self.beta2) as f32,
+            size: (self.lr / (1.0 - self.beta1.powf(t))) as f32,
+            root: (1.0 / (1.0 - self.beta2.powf(t)).sqrt()) as f32,
+            eps: self.eps as f32,
+            grad_scale: self.grad_scale as f32,
+        }
+    }
+}
+
 pub fn update(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     assert_eq!((g.len(), m.len(), v.len()), (p.len(), p.len(), p.len()), "adamw: lengths");
     let blocks =
         p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
-    blocks.for_each(|(((p, g), m), v)| update_block(step, p, g, m, v));
+    let factors = step.factors();
+    blocks.for_each(|(((p, g), m), v)| update_block(&factors, p, g, m, v));
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
-fn update_block(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let t = step.step as f64;
-    let keep = (1.0 - step.lr * step.weight_decay) as f32;
-    let (b1, b2) = (step.beta1 as f32, step.beta2 as f32);
-    let (c1, c2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
-    let size = (step.lr / (1.0 - step.beta1.powf(t))) as f32;
-    let root = (1.0 / (1.0 - step.beta2.powf(t)).sqrt()) as f32;
-    let (eps, grad_scale) = (step.eps as f32, step.grad_scale as f32);
+fn update_block(factors: &Factors, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    let &Factors { keep, b1, c1, b2, c2, size, root, eps, grad_scale } = factors;
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * grad_scale;
         *m = b1 * *m + c1 * g;

@@ -39,7 +39,7 @@ impl AttentionShape {
         self.heads / self.kv_heads
     }
 
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         (1.0 / (self.head_dim as f64).sqrt()) as f32
     }
 }

@@ -55,6 +55,13 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        // `MemAvailable` (Linux).
+        let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+        Some(1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?)
+    }
+
     fn fill(&self, x: &mut Vec<f32>, value: f32) {
         elementwise::fill(x, value);
     }

@@ -21,8 +21,14 @@ impl Dropout {
         Dropout { key: mixed ^ (mixed >> 29), ..self }
     }
 
-    fn threshold(self) -> u32 {
+    /// Elements whose hash is below are dropped.
+    pub(super) fn threshold(self) -> u32 {
         (f64::from(self.p) * f64::from(1u32 << 31) * 2.0) as u32
+    }
+
+    /// What the others are multiplied with.
+    pub(super) fn factor(self) -> f32 {
+        1.0 / (1.0 - self.p)
     }
 }
 
@@ -48,7 +54,7 @@ pub fn forward(dropout: Dropout, x: &[f32], y: &mut [f32]) {
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn forward_block(dropout: Dropout, first: usize, x: &[f32], y: &mut [f32]) {
-    let (threshold, factor) = (dropout.threshold(), 1.0 / (1.0 - dropout.p));
+    let (threshold, factor) = (dropout.threshold(), dropout.factor());
     for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
         let keep = hash((first + i) as u32, dropout.key) >= threshold;
         *y = if keep { x * factor } else { 0.0 };
@@ -63,7 +69,7 @@ pub fn backward(dropout: Dropout, dy: &[f32], dx: &mut [f32]) {
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn backward_block(dropout: Dropout, first: usize, dy: &[f32], dx: &mut [f32]) {
-    let (threshold, factor) = (dropout.threshold(), 1.0 / (1.0 - dropout.p));
+    let (threshold, factor) = (dropout.threshold(), dropout.factor());
     for (i, (dx, dy)) in dx.iter_mut().zip(dy).enumerate() {
         let keep = hash((first + i) as u32, dropout.key) >= threshold;
         *dx += if keep { dy * factor } else { 0.0 };

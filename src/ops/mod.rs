@@ -9,12 +9,14 @@
 //! Operations do not return errors: shapes are the caller's promise (asserted), and a device that can fail in the
 //! middle remembers the failure for [`Device::status`].
 //!
-//! One file per operation, with its forward and its backward side by side.
+//! One file per operation, with its forward and its backward side by side, and its kernels for NVIDIA GPUs in the file of the
+//! same name with `.cu`.
 
 mod adamw;
 mod attention;
 mod cpu;
 mod cross_entropy;
+mod cuda;
 mod dropout;
 mod elementwise;
 mod embedding;
@@ -30,6 +32,7 @@ pub use adamw::AdamW;
 pub use attention::AttentionShape;
 pub use cpu::Cpu;
 pub use cross_entropy::IGNORE;
+pub use cuda::{Cuda, CudaOptions, FOLDERS_VARIABLE};
 pub use dropout::Dropout;
 pub use matmul::{Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};
@@ -68,6 +71,10 @@ pub trait Device: Send + Sync {
     fn upload_tokens(&self, tokens: &[u32]) -> Self::Tokens;
     /// Waits for everything that was asked for; whether all of it succeeded.
     fn status(&self) -> Result<()>;
+    /// Bytes that buffers can still take, if that can be told.
+    fn free_memory(&self) -> Option<u64>;
+    /// Whether products may round their factors to TF32 (10 bits) where that is faster. Not at first; most devices have none.
+    fn allow_tf32(&self, _allow: bool) {}
 
     /// `x = value`.
     fn fill(&self, x: &mut Self::Buffer, value: f32);
@@ -81,6 +88,10 @@ pub trait Device: Send + Sync {
     fn round_to_bf16(&self, rounding: Rounding, x: &mut Self::Buffer);
     /// `sum x²`, in f64.
     fn sum_of_squares(&self, x: &Self::Buffer) -> f64;
+    /// `sum x²` over all elements of all these buffers, in f64: waits once where each [`Device::sum_of_squares`] would.
+    fn sums_of_squares(&self, buffers: &[&Self::Buffer]) -> f64 {
+        buffers.iter().map(|x| self.sum_of_squares(x)).sum()
+    }
     /// `sum x · y`, in f64.
     fn dot(&self, x: &Self::Buffer, y: &Self::Buffer) -> f64;
 
@@ -171,7 +182,7 @@ pub trait Device: Send + Sync {
         losses: &mut Self::Buffer,
         scale: Option<f32>,
     );
-    /// `sum x`, in f64, in the order of the elements.
+    /// `sum x`, in f64; the order of the sum depends on the length alone.
     fn sum(&self, x: &Self::Buffer) -> f64;
 
     /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g` and moments `m`, `v`.

@@ -1,4 +1,5 @@
-//! A device that notes how long each operation of another one takes.
+//! A device that notes how long each operation of another one takes. It waits for each, so that a device that works while
+//! the host goes on is timed, too.
 
 use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding};
 use crate::error::Result;
@@ -56,7 +57,7 @@ pub struct OperationTime {
     pub gflops: Option<f64>,
 }
 
-impl<D> Profiled<D> {
+impl<D: Device> Profiled<D> {
     /// Nothing noted yet.
     pub fn new(device: D) -> Self {
         Profiled { device, log: Arc::default(), began: Instant::now() }
@@ -69,6 +70,8 @@ impl<D> Profiled<D> {
     fn time_flops<T>(&self, name: impl FnOnce() -> String, flops: f64, work: impl FnOnce(&D) -> T) -> T {
         let start = Instant::now();
         let result = work(&self.device);
+        // Its failure, if any, is remembered for whoever asks for it.
+        let _ = self.device.status();
         let seconds = start.elapsed().as_secs_f64();
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let name = name();
@@ -167,6 +170,14 @@ impl<D: Device> Device for Profiled<D> {
         self.time("wait", |d| d.status())
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        self.device.free_memory()
+    }
+
+    fn allow_tf32(&self, allow: bool) {
+        self.device.allow_tf32(allow);
+    }
+
     fn fill(&self, x: &mut D::Buffer, value: f32) {
         self.time("fill", |d| d.fill(x, value));
     }
@@ -189,6 +200,10 @@ impl<D: Device> Device for Profiled<D> {
 
     fn sum_of_squares(&self, x: &D::Buffer) -> f64 {
         self.time("sum of squares", |d| d.sum_of_squares(x))
+    }
+
+    fn sums_of_squares(&self, buffers: &[&D::Buffer]) -> f64 {
+        self.time("sum of squares", |d| d.sums_of_squares(buffers))
     }
 
     fn dot(&self, x: &D::Buffer, y: &D::Buffer) -> f64 {

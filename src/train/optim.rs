@@ -36,7 +36,7 @@ impl<D: Device> Optimizer<D> {
     /// Global norm of the gradient of everything trained.
     pub fn grad_norm(model: &Model<D>) -> f64 {
         let device = model.device();
-        model.params().iter().filter_map(|p| p.grad.as_ref()).map(|g| device.sum_of_squares(g)).sum::<f64>().sqrt()
+        device.sums_of_squares(&model.params().iter().filter_map(|p| p.grad.as_ref()).collect::<Vec<_>>()).sqrt()
     }
 
     /// One update of everything trained, with the gradient scaled by `grad_scale` (clipping).

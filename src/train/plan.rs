@@ -7,6 +7,7 @@ use super::{
 use crate::{
     error::Result,
     model::{LlamaConfig, LoraSpec, memory},
+    ops::{Cpu, Device},
 };
 use serde::Serialize;
 
@@ -60,21 +61,14 @@ pub struct Plan {
     pub available: Option<u64>,
 }
 
-/// `MemAvailable` of this machine, in bytes.
-fn available_memory() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    Some(1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?)
-}
-
-/// A sentence about memory, if the machine does not have what the run will take.
-pub(super) fn shortage(config: &Config) -> Result<Option<String>> {
+/// A sentence about memory, if the device does not have what the run will take.
+pub(super) fn shortage<D: Device>(device: &D, config: &Config) -> Result<Option<String>> {
     let plan = plan(config, &[])?;
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-    Ok(plan.configured_peak.zip(plan.available).filter(|(peak, available)| peak > available).map(
+    Ok(plan.configured_peak.zip(device.free_memory()).filter(|(peak, available)| peak > available).map(
         |(peak, available)| {
             format!(
-                "training will take about {:.1} GiB of memory, this machine has {:.1} GiB to spare; see train --plan",
+                "training will take about {:.1} GiB of memory, the device has {:.1} GiB to spare; see train --plan",
                 gib(peak),
                 gib(available)
             )
@@ -148,7 +142,7 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
         activation_checkpointing: t.activation_checkpointing,
         needs: all.collect(),
         configured_peak,
-        available: available_memory(),
+        available: Cpu.free_memory(),
     })
 }
 
@@ -168,10 +162,10 @@ mod tests {
     #[test]
     fn a_run_that_does_not_fit_is_announced() {
         // Terabytes of activations, whatever machine this is; and 0.3 GiB.
-        let large = shortage(&config("llama_7b", 4096)).unwrap();
-        if available_memory().is_some() {
+        let large = shortage(&Cpu, &config("llama_7b", 4096)).unwrap();
+        if Cpu.free_memory().is_some() {
             assert!(large.is_some_and(|warning| warning.contains("GiB to spare")));
         }
-        assert_eq!(shortage(&config("llama_9m", 1)).unwrap(), None);
+        assert_eq!(shortage(&Cpu, &config("llama_9m", 1)).unwrap(), None);
     }
 }

@@ -81,7 +81,7 @@ impl<D: Device> Session<D> {
                 .help(format!("choose another, or go on with: relora-kit train --resume {}", dir.display())));
         }
         resolve_warm_up(&mut config, progress)?;
-        if let Some(warning) = shortage(&config)? {
+        if let Some(warning) = shortage(&device, &config)? {
             progress.warn(&warning);
         }
         let shard = TokenShard::open(&config.data.train)?;
@@ -102,6 +102,7 @@ impl<D: Device> Session<D> {
             checkpoint: None,
             finished: false,
         };
+        trainer.model.device().status()?;
         let dir = RunDir(dir.to_owned());
         let staged = StagedDir::create(&dir.0, false)?;
         let config_path = staged.path().join("config.toml");

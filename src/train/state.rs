@@ -61,6 +61,7 @@ pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, folder: &Path
         }
         writer.write_f32(&param.name, dtype, &values)?;
     }
+    model.device().status()?;
     writer.finish()?;
     let mut json = model.config().to_json();
     json["torch_dtype"] = dtype_name.into();
@@ -125,6 +126,7 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
         config.other.insert("ensure_weight_tying".into(), true.into());
     }
     let metadata = BTreeMap::from([(CYCLE_KEY.to_owned(), cycle.to_string())]);
+    model.device().status()?;
     save_with(folder, &config, &modules, &full, &metadata)
 }
 
@@ -167,6 +169,7 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
     for (name, dtype, _, buffer) in &tensors {
         writer.write_f32(name, *dtype, &model.device().view(buffer))?;
     }
+    model.device().status()?;
     writer.finish()
 }
 

@@ -111,6 +111,7 @@ impl<D: Device> Trainer<D> {
             skipped: 0,
             tokens: Vec::new(),
         };
+        trainer.model.device().allow_tf32(trainer.config.train.tf32);
         trainer.round(|_| true, |_| Rounding::Nearest);
         trainer.model.set_trainable(|_| true);
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
@@ -264,6 +265,7 @@ impl<D: Device> Trainer<D> {
         loss /= accumulation as f64;
 
         let grad_norm = Optimizer::grad_norm(&self.model);
+        self.model.device().status()?;
         let applied = loss.is_finite() && grad_norm.is_finite();
         if applied {
             self.optimizer.update(&mut self.model, lr, clip_factor(grad_norm, t.clip_grad_norm), &t);

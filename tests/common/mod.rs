@@ -1,6 +1,7 @@
 //! What the tests of the commands share.
 #![allow(dead_code, missing_docs)]
 
+pub mod cuda_double;
 pub mod entry_points;
 pub mod small_merge;
 pub mod small_run;

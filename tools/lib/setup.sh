@@ -51,15 +51,17 @@ openblas_links() {
 }
 
 missing_packages() {
+    local command
+    for command in "$@"; do have "$command" || printf '%s ' "$command"; done
     have cc || printf 'gcc libc6-dev '
     have pkg-config || printf 'pkg-config '
     { have cc && openblas_links; } || printf 'libopenblas-dev '
 }
 
-# A C compiler (the linker), pkg-config and OpenBLAS.
+# need_libraries [COMMAND...]: a C compiler (the linker), pkg-config, OpenBLAS, and commands whose packages have their names.
 need_libraries() {
     local packages sudo=()
-    packages=$(missing_packages)
+    packages=$(missing_packages "$@")
     [ -n "$packages" ] || return 0
     if ! have apt-get; then
         fail "missing on this system (by their Debian names): $packages" \
@@ -81,6 +83,6 @@ need_libraries() {
         "${sudo[@]}" apt-get update </dev/null >&2
         "${install[@]}" $packages </dev/null >&2
     }
-    [ -z "$(missing_packages)" ] || fail "still missing after apt-get install: $(missing_packages)" \
+    [ -z "$(missing_packages "$@")" ] || fail "still missing after apt-get install: $(missing_packages "$@")" \
         "see the messages above; the program links against libopenblas with CBLAS and LAPACKE"
 }

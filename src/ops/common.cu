@@ -1,0 +1,73 @@
+// What all kernels share; stands before each of the other files when it is compiled. Nothing is included: NVRTC brings
+// the mathematical functions along.
+//
+// No result depends on the order of blocks or on timing: sums run in a fixed order, and nothing is added atomically.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Threads of a block, for every kernel.
+#define THREADS 256
+#define WARPS (THREADS / 32)
+#define ALL_LANES 0xffffffffu
+
+// Elements i of n, shared by all threads of the grid.
+#define FOR_EACH(i, n) \
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.x * blockDim.x)
+
+__device__ __forceinline__ float negative_infinity() {
+    return __int_as_float((int)0xff800000u);
+}
+
+// The sum over `lanes` neighbouring threads (a power of two up to 32), on each of them.
+__device__ __forceinline__ float lanes_sum(float x, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+__device__ __forceinline__ float lanes_max(float x, int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+__device__ __forceinline__ double warp_sum(double x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+    return x;
+}
+
+// The sum over the block, on each thread. All threads call it.
+__device__ __forceinline__ double block_sum(double x) {
+    __shared__ double parts[WARPS];
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    double total = 0.0;
+    for (int i = 0; i < WARPS; i++) total += parts[i];
+    __syncthreads();
+    return total;
+}
+
+// The largest over the block, on each thread; NaN are passed over. All threads call it.
+__device__ __forceinline__ float block_max(float x) {
+    __shared__ float parts[WARPS];
+    x = lanes_max(x, 32);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    float top = negative_infinity();
+    for (int i = 0; i < WARPS; i++) top = fmaxf(top, parts[i]);
+    __syncthreads();
+    return top;
+}
+
+// Two rounds of lowbias32, one half of the key before each: `hash` of dropout.rs.
+__device__ __forceinline__ u32 lowbias32(u32 x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+__device__ __forceinline__ u32 hash(u32 i, u64 key) {
+    return lowbias32(lowbias32(i + (u32)key) ^ (u32)(key >> 32));
+}

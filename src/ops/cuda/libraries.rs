@@ -1,0 +1,152 @@
+//! Where CUDA's libraries are. They are loaded when a GPU is asked for, never before: the program starts without them.
+
+use crate::error::{Error, Result};
+use cudarc::{cublas, driver, nvrtc};
+use libloading::Library;
+use std::{
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+/// Names the folders that are looked in first, separated as in PATH.
+pub const FOLDERS_VARIABLE: &str = "RELORA_KIT_CUDA_LIBRARIES";
+
+/// A library and the entry points that are called.
+struct Needed {
+    name: &'static str,
+    file: &'static str,
+    what: &'static str,
+    install: &'static str,
+    is_present: unsafe fn() -> bool,
+    loaded: unsafe fn() -> &'static Library,
+    symbols: &'static [&'static str],
+}
+
+const NEEDED: [Needed; 3] = [
+    Needed {
+        name: "cuda",
+        file: "libcuda.so.1",
+        what: "the NVIDIA driver library",
+        install: "install the NVIDIA driver, or pass --device cpu",
+        is_present: driver::sys::is_culib_present,
+        loaded: driver::sys::culib,
+        symbols: &[
+            "cuCtxSetCurrent",
+            "cuDeviceGet",
+            "cuDeviceGetAttribute",
+            "cuDeviceGetCount",
+            "cuDeviceGetName",
+            "cuDevicePrimaryCtxRelease_v2",
+            "cuDevicePrimaryCtxRetain",
+            "cuDriverGetVersion",
+            "cuGetErrorName",
+            "cuGetErrorString",
+            "cuInit",
+            "cuLaunchKernel",
+            "cuMemAlloc_v2",
+            "cuMemFree_v2",
+            "cuMemGetInfo_v2",
+            "cuMemcpyDtoDAsync_v2",
+            "cuMemcpyDtoHAsync_v2",
+            "cuMemcpyHtoDAsync_v2",
+            "cuMemsetD32Async",
+            "cuModuleGetFunction",
+            "cuModuleLoadData",
+            "cuStreamCreate",
+            "cuStreamDestroy_v2",
+            "cuStreamSynchronize",
+        ],
+    },
+    Needed {
+        name: "nvrtc",
+        file: "libnvrtc.so.12 or .13",
+        what: "CUDA's run-time compiler",
+        install: "install it (pip install nvidia-cuda-nvrtc-cu12, or the CUDA toolkit), name its folder in RELORA_KIT_CUDA_LIBRARIES, or pass --device cpu",
+        is_present: nvrtc::sys::is_culib_present,
+        loaded: nvrtc::sys::culib,
+        symbols: &[
+            "nvrtcCompileProgram",
+            "nvrtcCreateProgram",
+            "nvrtcDestroyProgram",
+            "nvrtcGetCUBIN",
+            "nvrtcGetCUBINSize",
+            "nvrtcGetNumSupportedArchs",
+            "nvrtcGetPTX",
+            "nvrtcGetPTXSize",
+            "nvrtcGetProgramLog",
+            "nvrtcGetProgramLogSize",
+            "nvrtcGetSupportedArchs",
+            "nvrtcVersion",
+        ],
+    },
+    Needed {
+        name: "cublas",
+        file: "libcublas.so.12 or .13",
+        what: "CUDA's matrix library",
+        install: "install it (pip install nvidia-cublas-cu12, or the CUDA toolkit), name its folder in RELORA_KIT_CUDA_LIBRARIES, or pass --device cpu",
+        is_present: cublas::sys::is_culib_present,
+        loaded: cublas::sys::culib,
+        symbols: &["cublasCreate_v2", "cublasDestroy_v2", "cublasSetMathMode", "cublasSetStream_v2", "cublasSgemm_v2"],
+    },
+];
+
+/// Libraries found in the user's folders: they stay loaded, and are found by their names from then on.
+static PRELOADED: Mutex<Vec<Library>> = Mutex::new(Vec::new());
+
+/// Loads the libraries, those in `folders` before the system's. The error says which is missing and where it was looked
+/// for. Asks before every first call, since cudarc panics where a library or a symbol is missing.
+pub fn load(device: &str, folders: &[PathBuf]) -> Result<()> {
+    preload(device, folders)?;
+    for needed in &NEEDED {
+        // SAFETY: both only load a shared library by name; NVIDIA's have no other effect than being loaded.
+        let library = unsafe {
+            if !(needed.is_present)() {
+                let listed: String = folders.iter().map(|f| format!("'{}', ", f.display())).collect();
+                return Err(Error::world(format!(
+                    "device '{device}' is unavailable: {} {} was not found (looked in {listed}LD_LIBRARY_PATH and the system's folders)",
+                    needed.what, needed.file
+                ))
+                .help(needed.install));
+            }
+            (needed.loaded)()
+        };
+        for symbol in needed.symbols {
+            // SAFETY: the symbol is only looked up, not called.
+            if unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err() {
+                return Err(Error::world(format!(
+                    "device '{device}' is unavailable: {} ({}) has no function {symbol}",
+                    needed.what, needed.file
+                ))
+                .help("it is too old, or not what its name says; update the NVIDIA driver and the CUDA libraries"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Loads the libraries in these folders by their paths; a later search by name finds what is loaded already.
+fn preload(device: &str, folders: &[PathBuf]) -> Result<()> {
+    let mut loaded = PRELOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    for folder in folders {
+        // cuBLAS needs its own second library, which must be there first.
+        for name in NEEDED.iter().map(|n| n.name).chain(["cublasLt"]).rev() {
+            let Some(path) = version(folder, name) else { continue };
+            // SAFETY: the user named this folder as one of CUDA libraries.
+            let library = unsafe { Library::new(&path) }.map_err(|e| {
+                Error::world(format!("device '{device}' is unavailable: cannot load '{}': {e}", path.display()))
+                    .help(format!("the folder comes from {FOLDERS_VARIABLE}"))
+            })?;
+            loaded.push(library);
+        }
+    }
+    Ok(())
+}
+
+/// `libNAME.so`, `libNAME.so.12` and the like in `folder`; the shortest name, if there are several.
+fn version(folder: &Path, name: &str) -> Option<PathBuf> {
+    let prefix = format!("lib{name}.so");
+    let is_version = |rest: &str| rest.chars().all(|c| c == '.' || c.is_ascii_digit());
+    let files = folder.read_dir().ok()?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+    let file = files.filter(|f| f.strip_prefix(&prefix).is_some_and(is_version)).min_by_key(String::len)?;
+    Some(folder.join(file))
+}

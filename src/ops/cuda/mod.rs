@@ -1,0 +1,191 @@
+//! NVIDIA GPUs: the same operations as kernels of CUDA C++ (`*.cu`, beside the CPU's code of the same operation) and as
+//! products in cuBLAS. Nothing of CUDA is needed to build or to start the program: its libraries are loaded when a GPU is
+//! asked for, and the kernels are compiled for the GPU at hand.
+//!
+//! All work is on one stream and in order; the host waits only where a number or a buffer is read. After the first failure
+//! nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
+
+mod blas;
+mod compile;
+mod device;
+mod driver;
+mod libraries;
+
+use crate::error::{Error, Result};
+use blas::Blas;
+use compile::Kernels;
+use cudarc::driver::sys;
+use driver::{Gpu, Memory};
+use std::{
+    ffi::c_void,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+pub use libraries::FOLDERS_VARIABLE;
+
+/// Threads of a block, for every kernel: `THREADS` of common.cu.
+const THREADS: u32 = 256;
+
+/// A GPU. Clones are the same one.
+#[derive(Clone)]
+pub struct Cuda(Arc<Inner>);
+
+struct Inner {
+    gpu: Arc<Gpu>,
+    kernels: Kernels,
+    blas: Blas,
+    failure: Mutex<Option<Error>>,
+}
+
+/// Which GPU, and where its things are.
+#[derive(Clone, Debug, Default)]
+pub struct CudaOptions {
+    /// Its number, from 0.
+    pub ordinal: usize,
+    /// Folders that are looked in for CUDA's libraries before the system's.
+    pub libraries: Vec<PathBuf>,
+    /// Keeps compiled kernels.
+    pub cache: Option<PathBuf>,
+}
+
+impl CudaOptions {
+    /// GPU number `ordinal`, folders from the variable [`FOLDERS_VARIABLE`], and the user's cache.
+    pub fn from_env(ordinal: usize) -> CudaOptions {
+        let folders = std::env::var_os(FOLDERS_VARIABLE).unwrap_or_default();
+        let libraries = std::env::split_paths(&folders).filter(|f| !f.as_os_str().is_empty()).collect();
+        CudaOptions { ordinal, libraries, cache: compile::cache_folder() }
+    }
+}
+
+impl Cuda {
+    /// Finds the libraries, opens the GPU, compiles the kernels.
+    pub fn open(options: &CudaOptions) -> Result<Cuda> {
+        libraries::load(&format!("cuda:{}", options.ordinal), &options.libraries)?;
+        let gpu = Arc::new(Gpu::open(options.ordinal)?);
+        let kernels = Kernels::load(&gpu, options.cache.as_deref())?;
+        let blas = Blas::open(&gpu)?;
+        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure: Mutex::new(None) })))
+    }
+
+    /// The GPU's name, as NVIDIA sells it.
+    pub fn model(&self) -> &str {
+        &self.0.gpu.model
+    }
+
+    /// Runs `work`, unless something failed before; its failure is remembered.
+    fn attempt<T>(&self, work: impl FnOnce(&Arc<Gpu>) -> Result<T>) -> Option<T> {
+        let mut failure = self.0.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if failure.is_some() {
+            return None;
+        }
+        work(&self.0.gpu).map_err(|error| *failure = Some(error)).ok()
+    }
+
+    /// f32 or u32 elements with anything in them; none, if there is no memory for them.
+    fn allocate(&self, len: usize) -> Memory {
+        self.attempt(|gpu| Memory::new(gpu, 4 * len)).unwrap_or_else(|| Memory::none(&self.0.gpu))
+    }
+
+    /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.
+    fn launch(&self, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
+        if grid.contains(&0) {
+            return;
+        }
+        self.attempt(|gpu| {
+            gpu.enter()?;
+            let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
+            let [x, y, z] = grid;
+            // SAFETY: the arguments are those of the kernel, in its order and types; tests run every kernel against its
+            // CPU twin on memory whose bounds are watched.
+            let result = unsafe {
+                sys::cuLaunchKernel(
+                    self.0.kernels.get(kernel),
+                    x,
+                    y,
+                    z,
+                    THREADS,
+                    1,
+                    1,
+                    shared,
+                    gpu.stream(),
+                    pointers.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            };
+            gpu.check(&format!("kernel {kernel}"), result)
+        });
+    }
+
+    /// As [`Cuda::launch`], for a kernel that goes through `n` elements by `FOR_EACH`.
+    fn launch_each(&self, kernel: &'static str, n: usize, args: &[Arg]) {
+        self.launch(kernel, [blocks(n), 1, 1], 0, args);
+    }
+}
+
+/// Blocks for `n` elements: enough for any GPU, and depending on n alone.
+fn blocks(n: usize) -> u32 {
+    n.div_ceil(THREADS as usize).min(4096) as u32
+}
+
+/// An argument of a kernel.
+enum Arg {
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    /// `struct Extents` of attention.cu.
+    Extents(Extents),
+}
+
+/// As attention.cu has it.
+#[repr(C)]
+struct Extents {
+    len: u32,
+    heads: u32,
+    kv_heads: u32,
+    dim: u32,
+    scale: f32,
+}
+
+impl Arg {
+    fn pointer(&self) -> *mut c_void {
+        let pointer: *const c_void = match self {
+            Arg::U32(x) => std::ptr::from_ref(x).cast(),
+            Arg::U64(x) => std::ptr::from_ref(x).cast(),
+            Arg::F32(x) => std::ptr::from_ref(x).cast(),
+            Arg::Extents(x) => std::ptr::from_ref(x).cast(),
+        };
+        pointer.cast_mut()
+    }
+}
+
+impl From<u32> for Arg {
+    fn from(x: u32) -> Arg {
+        Arg::U32(x)
+    }
+}
+
+impl From<u64> for Arg {
+    fn from(x: u64) -> Arg {
+        Arg::U64(x)
+    }
+}
+
+/// u64 in the kernels.
+impl From<usize> for Arg {
+    fn from(x: usize) -> Arg {
+        Arg::U64(x as u64)
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(x: f32) -> Arg {
+        Arg::F32(x)
+    }
+}
+
+impl From<&Memory> for Arg {
+    fn from(x: &Memory) -> Arg {
+        Arg::U64(x.address())
+    }
+}

@@ -1,0 +1,22 @@
+// Rounding to bf16: the upper half of an f32, to the nearest (ties to even) or by chance.
+
+__device__ __forceinline__ bool is_finite(u32 bits) {
+    return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+extern "C" __global__ void round_nearest(float* x, u64 n) {
+    FOR_EACH(i, n) {
+        u32 bits = __float_as_uint(x[i]);
+        u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+        if (is_finite(bits)) x[i] = __uint_as_float(rounded);
+    }
+}
+
+// Adds 16 random bits below the last one that stays.
+extern "C" __global__ void round_stochastic(float* x, u64 n, u64 key) {
+    FOR_EACH(i, n) {
+        u32 bits = __float_as_uint(x[i]);
+        u32 rounded = (bits + (hash((u32)i, key) >> 16)) & 0xffff0000u;
+        if (is_finite(bits)) x[i] = __uint_as_float(rounded);
+    }
+}

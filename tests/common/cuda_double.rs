@@ -1,0 +1,99 @@
+//! The stand-ins for CUDA's libraries of `tests/cuda_double`: built once with g++, kept under the hash of their sources.
+
+use relora_kit::ops::{Cuda, CudaOptions, FOLDERS_VARIABLE};
+use sha2::{Digest, Sha256};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+const LIBRARIES: [(&str, &str, &str); 3] = [
+    ("driver.cpp", "libcuda.so", "libcuda.so.1"),
+    ("nvrtc.cpp", "libnvrtc.so", "libnvrtc.so.12"),
+    ("cublas.cpp", "libcublas.so", "libcublas.so.12"),
+];
+
+/// What the double replaces in which file before it compiles: file, text, other text (see nvrtc.cpp).
+pub const MUTATION: [&str; 3] = ["CUDA_DOUBLE_MUTATE_FILE", "CUDA_DOUBLE_MUTATE_FROM", "CUDA_DOUBLE_MUTATE_TO"];
+
+/// The folder with the three libraries; compiled kernels are kept there, too.
+pub fn folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(build)
+}
+
+fn build() -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_double");
+    let mut hash = Sha256::new().chain_update(include_str!("cuda_double.rs"));
+    for name in LIBRARIES.iter().map(|l| l.0).chain(["device.h"]) {
+        hash.update(fs::read(sources.join(name)).unwrap());
+    }
+    let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = root.join(format!("cuda-double-{hash}"));
+    if !folder.exists() {
+        let staged = tempfile::tempdir_in(root).unwrap();
+        for (source, soname, file) in LIBRARIES {
+            let mut compiler = Command::new("g++");
+            // The name without a version is what the program tries first: no other library can come before.
+            compiler.args(["-std=c++17", "-O3", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]);
+            compiler.arg(format!("-DCUDA_DOUBLE_HEADER=\"{}\"", sources.join("device.h").display()));
+            compiler.arg(sources.join(source)).arg("-o").arg(staged.path().join(file));
+            let status = compiler.arg(format!("-Wl,-soname,{soname}")).arg("-ldl").status();
+            let status = status.expect("g++ builds the CUDA test double: install it (tools/test does)");
+            assert!(status.success(), "{source} does not compile");
+        }
+        // Another test may have been faster.
+        if fs::rename(staged.path(), &folder).is_err() {
+            assert!(folder.exists());
+        }
+    }
+    folder
+}
+
+/// The double's GPU, the same for all tests of this process.
+pub fn cuda() -> &'static Cuda {
+    static CUDA: OnceLock<Cuda> = OnceLock::new();
+    CUDA.get_or_init(open)
+}
+
+/// The double's GPU, opened anew.
+pub fn open() -> Cuda {
+    // A kernel that is broken on purpose is not what the cache holds.
+    let cache = std::env::var_os(MUTATION[0]).is_none().then(|| folder().join("cache"));
+    let options = CudaOptions { ordinal: 0, libraries: vec![folder().into()], cache };
+    Cuda::open(&options).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Lets a process find the double, and no other cache.
+pub fn set_environment(command: &mut assert_cmd::Command) {
+    command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder());
+}
+
+/// A test for any device, run on the CPU and on the double's GPU: `name::cpu` and `name::cuda`.
+#[allow(unused_macros)]
+macro_rules! on_both_devices {
+    ($(#[$meta:meta])* fn $name:ident($device:ident) $body:block) => {
+        mod $name {
+            use super::*;
+
+            $(#[$meta])*
+            fn check<D: relora_kit::ops::Device>($device: D) $body
+
+            #[test]
+            fn cpu() {
+                check(relora_kit::ops::Cpu);
+            }
+
+            #[test]
+            #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+            fn cuda() {
+                check(common::cuda_double::cuda().clone());
+            }
+        }
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use on_both_devices;

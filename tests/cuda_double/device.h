@@ -1,0 +1,96 @@
+// What a kernel finds when it is compiled for the host: CUDA's keywords, built-in variables and functions. The threads of
+// a block are fibers (driver.cpp); those that wait for others hand over to them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+// Filled by the driver before a thread runs.
+struct CudaDouble {
+    Dim3 thread, block, block_dim, grid_dim;
+    void* dynamic_shared;
+    void (*barrier)(int line);
+    void (*exchange)(int line, const void* own, void* other, unsigned size, unsigned lane, unsigned mask);
+};
+
+extern "C" {
+CudaDouble* cuda_double;
+
+void cuda_double_attach(CudaDouble* from_driver) {
+    cuda_double = from_driver;
+}
+
+// All __shared__ variables of the module.
+extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
+
+void cuda_double_shared(char** start, char** stop) {
+    *start = __start_cuda_shared;
+    *stop = __stop_cuda_shared;
+}
+}
+
+template <class... A, std::size_t... I>
+static void cuda_double_call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+    kernel(*static_cast<std::decay_t<A>*>(args[I])...);
+}
+
+template <class... A>
+static void cuda_double_invoke(void (*kernel)(A...), void** args) {
+    cuda_double_call(kernel, args, std::index_sequence_for<A...>());
+}
+
+#define __global__
+#define __device__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("cuda_shared")))
+
+#define threadIdx (cuda_double->thread)
+#define blockIdx (cuda_double->block)
+#define blockDim (cuda_double->block_dim)
+#define gridDim (cuda_double->grid_dim)
+
+#define __syncthreads() cuda_double->barrier(__LINE__)
+#define __shfl_xor_sync(mask, value, lanes) cuda_double_shuffle_xor(__LINE__, mask, value, lanes)
+
+template <class T>
+static T cuda_double_shuffle_xor(int line, unsigned mask, T value, int lanes) {
+    T other;
+    cuda_double->exchange(line, &value, &other, sizeof value, (cuda_double->thread.x % 32) ^ lanes, mask);
+    return other;
+}
+
+static inline float __uint_as_float(unsigned x) {
+    float y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+
+static inline unsigned __float_as_uint(float x) {
+    unsigned y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+
+static inline float __int_as_float(int x) {
+    return __uint_as_float(x);
+}
+
+// The compiler is told not to contract, so these are what every product and sum is.
+static inline float __fmul_rn(float x, float y) {
+    return x * y;
+}
+
+static inline float __fadd_rn(float x, float y) {
+    return x + y;
+}
+
+using std::min;

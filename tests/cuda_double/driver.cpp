@@ -1,0 +1,647 @@
+// A stand-in for libcuda.so.1 on a machine without a GPU: the entry points that the program calls, on host memory. Kernels
+// come from nvrtc.cpp, compiled for the host; every thread of a block is a fiber.
+//
+// It is stricter than a GPU. Each allocation ends at a page that cannot be touched, and a pattern stands before it; new
+// memory and the shared memory of each block hold signalling NaN; blocks, and the threads between two barriers, run in an
+// order drawn by chance; a barrier that not all threads reach is an error. As with a GPU, what fails in a kernel is
+// reported by a later call, and by all calls from then on.
+//
+// The environment decides about the machine:
+//   CUDA_DOUBLE_DEVICES    number of GPUs (1)
+//   CUDA_DOUBLE_VERSION    CUDA version of the driver (12090)
+//   CUDA_DOUBLE_MEMORY     bytes of memory (2^31)
+//   CUDA_DOUBLE_LOSE_AFTER the GPU is lost after this many kernels (never)
+//   CUDA_DOUBLE_SEED       of the order of blocks and threads (1)
+
+#include "device.h"
+
+#include <csetjmp>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <dlfcn.h>
+#include <map>
+#include <mutex>
+#include <random>
+#include <string>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <vector>
+
+typedef int CUresult;
+typedef unsigned long long CUdeviceptr;
+
+enum : CUresult {
+    OK = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    ILLEGAL_ADDRESS = 700,
+    LAUNCH_FAILED = 719,
+};
+
+static std::recursive_mutex all;
+#define LOCK std::lock_guard<std::recursive_mutex> lock(all)
+
+static unsigned long long setting(const char* name, unsigned long long otherwise) {
+    const char* text = getenv(name);
+    return text ? strtoull(text, nullptr, 10) : otherwise;
+}
+
+// ---- Failures: the first stays, and is the answer to every call.
+
+static CUresult sticky = OK;
+static std::string sticky_text;
+
+static void fail(CUresult code, const std::string& text) {
+    if (sticky != OK) return;
+    sticky = code;
+    sticky_text = text;
+}
+
+// ---- Memory.
+
+static const unsigned POISON = 0xffa5a5a5u; // a signalling NaN
+
+struct Allocation {
+    size_t bytes;
+    char *mapping, *pages, *pages_end;
+    size_t mapped;
+};
+
+static std::map<CUdeviceptr, Allocation> allocations;
+static size_t used;
+
+static void poison(void* start, size_t bytes) {
+    for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy((char*)start + i, &POISON, 4);
+}
+
+static size_t page() {
+    static const size_t size = sysconf(_SC_PAGESIZE);
+    return size;
+}
+
+// What stands before an allocation was there when it was made.
+static void check_before(CUdeviceptr address, const Allocation& a) {
+    for (const char* p = a.pages; p + 4 <= (char*)address; p += 4) {
+        if (memcmp(p, &POISON, 4)) {
+            fail(ILLEGAL_ADDRESS, "something was written " + std::to_string((char*)address - p) +
+                                      " bytes before an allocation of " + std::to_string(a.bytes) + " bytes");
+            return;
+        }
+    }
+}
+
+static std::string place(const char* address) {
+    for (auto& [start, a] : allocations) {
+        if (address < a.mapping || address >= a.mapping + a.mapped) continue;
+        long beyond = address - (char*)start - (long)a.bytes;
+        if (beyond >= 0) {
+            return std::to_string(beyond) + " bytes beyond an allocation of " + std::to_string(a.bytes) + " bytes";
+        }
+        return std::to_string((char*)start - address) + " bytes before an allocation of " + std::to_string(a.bytes) +
+               " bytes";
+    }
+    char text[64];
+    snprintf(text, sizeof text, "address %p, in no allocation", (const void*)address);
+    return text;
+}
+
+// ---- What touches memory runs between `protect`'s setjmp and its end.
+
+static sigjmp_buf escape;
+static volatile bool guarded;
+static std::string running;
+static struct sigaction before_us[2];
+
+static void on_fault(int signal, siginfo_t* info, void*) {
+    if (!guarded) {
+        sigaction(signal, &before_us[signal == SIGBUS], nullptr);
+        return;
+    }
+    fail(ILLEGAL_ADDRESS, "an illegal memory access was encountered: " + running + ", " + place((char*)info->si_addr));
+    siglongjmp(escape, 1);
+}
+
+static void leave(CUresult code, const std::string& text) {
+    fail(code, text);
+    siglongjmp(escape, 1);
+}
+
+// Runs `work`, unless something has failed. A fault in it becomes the sticky failure.
+extern "C" CUresult cuda_double_protect(const char* what, void (*work)(void*), void* argument) {
+    LOCK;
+    if (sticky != OK) return sticky;
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &before_us[0]);
+    sigaction(SIGBUS, &action, &before_us[1]);
+    running = what;
+    guarded = true;
+    if (sigsetjmp(escape, 1) == 0) work(argument);
+    guarded = false;
+    sigaction(SIGSEGV, &before_us[0], nullptr);
+    sigaction(SIGBUS, &before_us[1], nullptr);
+    return OK;
+}
+
+// ---- Fibers.
+
+static const size_t STACK = 1 << 17;
+
+struct Fiber {
+    void* sp;
+    char* stack;
+    size_t number;
+};
+
+#if !defined(__x86_64__)
+#error "the fibers of this test double are written for x86-64"
+#endif
+extern "C" void cuda_double_switch(void** save, void* load);
+__asm__(
+    ".text\n"
+    ".type cuda_double_switch, @function\n"
+    "cuda_double_switch:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    "  ret\n"
+    ".size cuda_double_switch, .-cuda_double_switch\n");
+
+enum State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
+
+struct Thread {
+    State state;
+    int line;
+    Fiber* fiber;
+};
+
+struct Warp {
+    unsigned arrived, generation;
+    int line;
+    char slots[2][32][8];
+};
+
+static std::vector<Fiber*> fibers, idle;
+static std::vector<Thread> threads;
+static std::vector<Warp> warps;
+static unsigned current;
+static void* scheduler;
+static CudaDouble shared_state;
+static void (*invoke)(void**);
+static void** arguments;
+
+static void hand_over() {
+    cuda_double_switch(&threads[current].fiber->sp, scheduler);
+}
+
+static void fiber_main() {
+    for (;;) {
+        invoke(arguments);
+        threads[current].state = DONE;
+        hand_over();
+    }
+}
+
+static void prepare(Fiber* fiber) {
+    // Stacks begin at different places of a page: else they would fight for the same few lines of the cache.
+    void** top = (void**)(fiber->stack + STACK - fiber->number * 13 * 64 % (1 << 14));
+    *--top = nullptr; // where a caller's return address would be: keeps the stack aligned as after a call
+    *--top = (void*)fiber_main;
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    fiber->sp = top;
+}
+
+static Fiber* take_fiber() {
+    if (idle.empty()) {
+        Fiber* fiber = new Fiber;
+        char* memory = (char*)mmap(nullptr, STACK + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) abort();
+        mprotect(memory, page(), PROT_NONE);
+        fiber->stack = memory + page();
+        fiber->number = fibers.size();
+        prepare(fiber);
+        fibers.push_back(fiber);
+        idle.push_back(fiber);
+    }
+    Fiber* fiber = idle.back();
+    idle.pop_back();
+    return fiber;
+}
+
+// After a failure, fibers stand anywhere: they begin anew.
+static void reset_fibers() {
+    idle = fibers;
+    for (Fiber* fiber : fibers) prepare(fiber);
+}
+
+static std::string where(int line) {
+    return running + ", line " + std::to_string(line);
+}
+
+static void barrier(int line) {
+    threads[current].state = AT_BARRIER;
+    threads[current].line = line;
+    hand_over();
+}
+
+static void exchange(int line, const void* own, void* other, unsigned size, unsigned lane, unsigned mask) {
+    Warp& warp = warps[current / 32];
+    if (mask != 0xffffffffu) leave(LAUNCH_FAILED, "a shuffle of some lanes of a warp: " + where(line));
+    if (lane >= 32) leave(LAUNCH_FAILED, "a shuffle from lane " + std::to_string(lane) + ": " + where(line));
+    if (warp.arrived > 0 && warp.line != line) {
+        leave(LAUNCH_FAILED, "lanes of a warp are at different shuffles: " + where(line) + " and " +
+                                 std::to_string(warp.line));
+    }
+    warp.line = line;
+    unsigned generation = warp.generation;
+    memcpy(warp.slots[generation % 2][current % 32], own, size);
+    if (++warp.arrived == 32) {
+        warp.arrived = 0;
+        warp.generation++;
+        for (unsigned t = current / 32 * 32; t < current / 32 * 32 + 32; t++) threads[t].state = READY;
+    } else {
+        threads[current].state = AT_SHUFFLE;
+        threads[current].line = line;
+        hand_over();
+    }
+    // The next round has the other slots, and a round after that begins when all have read these.
+    memcpy(other, warps[current / 32].slots[generation % 2][lane], size);
+}
+
+struct Function {
+    std::string name;
+    void (*invoke)(void**);
+    char *shared_start, *shared_stop;
+};
+
+struct Launch {
+    Function* function;
+    Dim3 grid, block;
+    unsigned dynamic_shared;
+    void** arguments;
+};
+
+static std::mt19937_64 chance;
+
+static void run_thread(const Launch& launch, unsigned t) {
+    Thread& thread = threads[t];
+    if (!thread.fiber) thread.fiber = take_fiber();
+    current = t;
+    unsigned x = launch.block.x, y = launch.block.y;
+    // One dimension is the common case, and divisions are slow.
+    shared_state.thread = t < x ? Dim3{t, 0, 0} : Dim3{t % x, t / x % y, t / x / y};
+    cuda_double_switch(&scheduler, thread.fiber->sp);
+    if (thread.state == DONE) idle.push_back(thread.fiber);
+}
+
+static void run_block(const Launch& launch) {
+    unsigned n = launch.block.x * launch.block.y * launch.block.z;
+    threads.assign(n, Thread{READY, 0, nullptr});
+    warps.assign((n + 31) / 32, Warp{});
+    std::vector<unsigned> order(warps.size());
+    for (unsigned i = 0; i < order.size(); i++) order[i] = i;
+    for (;;) {
+        // From one barrier to the next: one warp after the other, each until all its lanes wait or are done.
+        std::shuffle(order.begin(), order.end(), chance);
+        unsigned first = chance(), step = chance() | 1;
+        for (unsigned warp : order) {
+            for (bool again = true; again;) {
+                again = false;
+                for (unsigned i = 0; i < 32; i++) {
+                    unsigned t = 32 * warp + (first + i * step) % 32;
+                    if (t >= n || threads[t].state != READY) continue;
+                    run_thread(launch, t);
+                    again = true;
+                }
+            }
+        }
+        unsigned done = 0, waiting = 0, shuffling = 0;
+        const Thread* stuck = nullptr;
+        for (const Thread& thread : threads) {
+            done += thread.state == DONE;
+            waiting += thread.state == AT_BARRIER;
+            shuffling += thread.state == AT_SHUFFLE;
+            if (thread.state != DONE) stuck = &thread;
+        }
+        if (done == n) return;
+        if (shuffling > 0) {
+            for (const Thread& thread : threads) {
+                if (thread.state == AT_SHUFFLE) stuck = &thread;
+            }
+            leave(LAUNCH_FAILED, "a shuffle that not all lanes of a warp reach: " + where(stuck->line));
+        }
+        if (waiting != n) {
+            leave(LAUNCH_FAILED, "__syncthreads reached by " + std::to_string(waiting) + " of " + std::to_string(n) +
+                                     " threads: " + where(stuck->line));
+        }
+        for (Thread& thread : threads) {
+            if (thread.line != stuck->line) {
+                leave(LAUNCH_FAILED, "threads wait at different __syncthreads: " + where(stuck->line) + " and " +
+                                         std::to_string(thread.line));
+            }
+            thread.state = READY;
+        }
+    }
+}
+
+static void run_grid(void* argument) {
+    const Launch& launch = *(Launch*)argument;
+    static const unsigned long long seed = setting("CUDA_DOUBLE_SEED", 1);
+    static unsigned long long launches;
+    chance.seed(seed * 1000003 + launches++);
+    std::string kernel = running;
+    invoke = launch.function->invoke;
+    arguments = launch.arguments;
+    // Dynamic shared memory ends at a page that cannot be touched, too.
+    static char* dynamic;
+    if (!dynamic) {
+        dynamic = (char*)mmap(nullptr, (64 << 10) + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        mprotect(dynamic + (64 << 10), page(), PROT_NONE);
+    }
+    char* own = dynamic + (64 << 10) - launch.dynamic_shared;
+    shared_state.dynamic_shared = own;
+    shared_state.barrier = barrier;
+    shared_state.exchange = exchange;
+    shared_state.grid_dim = launch.grid;
+    shared_state.block_dim = launch.block;
+    size_t blocks = (size_t)launch.grid.x * launch.grid.y * launch.grid.z;
+    std::vector<size_t> order(blocks);
+    for (size_t i = 0; i < blocks; i++) order[i] = i;
+    std::shuffle(order.begin(), order.end(), chance);
+    for (size_t b : order) {
+        shared_state.block = {(unsigned)(b % launch.grid.x), (unsigned)(b / launch.grid.x % launch.grid.y),
+                              (unsigned)(b / launch.grid.x / launch.grid.y)};
+        running = kernel + ", block (" + std::to_string(shared_state.block.x) + ", " +
+                  std::to_string(shared_state.block.y) + ", " + std::to_string(shared_state.block.z) + "), seed " +
+                  std::to_string(seed);
+        poison(own, launch.dynamic_shared);
+        char *start = launch.function->shared_start, *stop = launch.function->shared_stop;
+        if (start) poison(start, stop - start);
+        run_block(launch);
+    }
+}
+
+// ---- The entry points.
+
+struct Context {
+    int device;
+};
+struct Stream {
+    int unused;
+};
+struct Module {
+    void* library;
+    std::map<std::string, Function> functions;
+    char *shared_start, *shared_stop;
+};
+
+static Context context;
+static thread_local Context* bound;
+static std::map<Stream*, bool> streams;
+
+#define READY_OR_RETURN                     \
+    LOCK;                                   \
+    if (sticky != OK) return sticky;        \
+    if (!bound) return INVALID_CONTEXT
+#define STREAM_OR_RETURN(stream) \
+    if (!streams.count((Stream*)stream)) return INVALID_HANDLE
+
+// Whether the memory lies in one allocation.
+static bool inside(CUdeviceptr address, size_t bytes) {
+    auto after = allocations.upper_bound(address);
+    if (after == allocations.begin()) return false;
+    auto& [start, a] = *--after;
+    return address >= start && address + bytes <= start + a.bytes;
+}
+
+extern "C" {
+
+CUresult cuInit(unsigned) {
+    return setting("CUDA_DOUBLE_DEVICES", 1) == 0 ? NO_DEVICE : OK;
+}
+
+CUresult cuDriverGetVersion(int* version) {
+    *version = (int)setting("CUDA_DOUBLE_VERSION", 12090);
+    return OK;
+}
+
+CUresult cuDeviceGetCount(int* count) {
+    *count = (int)setting("CUDA_DOUBLE_DEVICES", 1);
+    return OK;
+}
+
+CUresult cuDeviceGet(int* device, int ordinal) {
+    *device = ordinal;
+    return ordinal < (int)setting("CUDA_DOUBLE_DEVICES", 1) ? OK : INVALID_DEVICE;
+}
+
+CUresult cuDeviceGetName(char* name, int len, int) {
+    snprintf(name, len, "CUDA test double");
+    return OK;
+}
+
+CUresult cuDeviceGetAttribute(int* value, int attribute, int) {
+    switch (attribute) {
+        case 75: *value = 8; return OK; // compute capability
+        case 76: *value = 0; return OK;
+    }
+    return INVALID_VALUE;
+}
+
+CUresult cuDevicePrimaryCtxRetain(Context** result, int) {
+    LOCK;
+    if (sticky != OK) return sticky;
+    *result = &context;
+    return OK;
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(int) {
+    return OK;
+}
+
+CUresult cuCtxSetCurrent(Context* which) {
+    LOCK;
+    if (sticky != OK) return sticky;
+    bound = which;
+    return OK;
+}
+
+CUresult cuStreamCreate(Stream** stream, unsigned) {
+    READY_OR_RETURN;
+    *stream = new Stream;
+    streams[*stream] = true;
+    return OK;
+}
+
+CUresult cuStreamDestroy_v2(Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    streams.erase(stream);
+    delete stream;
+    return OK;
+}
+
+CUresult cuStreamSynchronize(Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    for (auto& [address, a] : allocations) check_before(address, a);
+    return sticky;
+}
+
+CUresult cuMemAlloc_v2(CUdeviceptr* result, size_t bytes) {
+    READY_OR_RETURN;
+    if (bytes == 0) return INVALID_VALUE;
+    if (used + bytes > setting("CUDA_DOUBLE_MEMORY", 1ull << 31)) return OUT_OF_MEMORY;
+    size_t pages = (bytes + page() - 1) / page() * page();
+    Allocation a;
+    a.bytes = bytes;
+    a.mapped = pages + 2 * page();
+    a.mapping = (char*)mmap(nullptr, a.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (a.mapping == MAP_FAILED) return OUT_OF_MEMORY;
+    a.pages = a.mapping + page();
+    a.pages_end = a.pages + pages;
+    mprotect(a.pages, pages, PROT_READ | PROT_WRITE);
+    poison(a.pages, pages);
+    *result = (CUdeviceptr)(a.pages_end - (bytes + 3) / 4 * 4);
+    allocations[*result] = a;
+    used += bytes;
+    return OK;
+}
+
+CUresult cuMemFree_v2(CUdeviceptr address) {
+    READY_OR_RETURN;
+    auto found = allocations.find(address);
+    if (found == allocations.end()) return INVALID_VALUE;
+    check_before(address, found->second);
+    munmap(found->second.mapping, found->second.mapped);
+    used -= found->second.bytes;
+    allocations.erase(found);
+    return sticky;
+}
+
+CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
+    READY_OR_RETURN;
+    *total = setting("CUDA_DOUBLE_MEMORY", 1ull << 31);
+    *free = *total - used;
+    return OK;
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    if (!inside(address, 4 * count)) return INVALID_VALUE;
+    for (size_t i = 0; i < count; i++) ((unsigned*)address)[i] = value;
+    return OK;
+}
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t bytes, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    if (!inside(target, bytes)) return INVALID_VALUE;
+    memcpy((void*)target, source, bytes);
+    return OK;
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, size_t bytes, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    if (!inside(source, bytes)) return INVALID_VALUE;
+    memcpy(target, (void*)source, bytes);
+    return OK;
+}
+
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t bytes, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    if (!inside(source, bytes) || !inside(target, bytes)) return INVALID_VALUE;
+    memmove((void*)target, (void*)source, bytes);
+    return OK;
+}
+
+// An image is what nvrtc.cpp makes: a mark, its size, a shared library.
+CUresult cuModuleLoadData(Module** result, const void* image) {
+    READY_OR_RETURN;
+    if (memcmp(image, "CUDADBLE", 8)) return INVALID_IMAGE;
+    size_t size;
+    memcpy(&size, (const char*)image + 8, sizeof size);
+    char path[] = "/tmp/cuda_double_XXXXXX";
+    int file = mkstemp(path);
+    if (file < 0 || write(file, (const char*)image + 16, size) != (ssize_t)size) return INVALID_IMAGE;
+    close(file);
+    Module* module = new Module;
+    module->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    unlink(path);
+    if (!module->library) {
+        fprintf(stderr, "cuda double: %s\n", dlerror());
+        return INVALID_IMAGE;
+    }
+    ((void (*)(CudaDouble*))dlsym(module->library, "cuda_double_attach"))(&shared_state);
+    auto shared = (void (*)(char**, char**))dlsym(module->library, "cuda_double_shared");
+    shared(&module->shared_start, &module->shared_stop);
+    *result = module;
+    return OK;
+}
+
+CUresult cuModuleGetFunction(Function** result, Module* module, const char* name) {
+    READY_OR_RETURN;
+    void* symbol = dlsym(module->library, (std::string("cuda_double_kernel_") + name).c_str());
+    if (!symbol) return NOT_FOUND;
+    module->functions[name] = {name, (void (*)(void**))symbol, module->shared_start, module->shared_stop};
+    *result = &module->functions[name];
+    return OK;
+}
+
+CUresult cuLaunchKernel(
+    Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+    unsigned dynamic_shared, Stream* stream, void** args, void** extra
+) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    size_t block = (size_t)bx * by * bz;
+    size_t shared = dynamic_shared + (function->shared_stop - function->shared_start);
+    bool fits = gx > 0 && gy > 0 && gz > 0 && block > 0 && gx <= 0x7fffffffu && gy <= 65535 && gz <= 65535 &&
+                block <= 1024 && bz <= 64 && shared <= 48 << 10;
+    if (!fits || !args || extra) return INVALID_VALUE;
+    static unsigned long long launches, most = setting("CUDA_DOUBLE_LOSE_AFTER", ~0ull);
+    if (launches++ >= most) {
+        fail(LAUNCH_FAILED, "unspecified launch failure");
+        return OK;
+    }
+    Launch launch = {function, {gx, gy, gz}, {bx, by, bz}, dynamic_shared, args};
+    cuda_double_protect(("kernel " + function->name).c_str(), run_grid, &launch);
+    if (sticky != OK) reset_fibers();
+    return OK;
+}
+
+CUresult cuGetErrorName(CUresult error, const char** text) {
+    switch (error) {
+        case INVALID_VALUE: *text = "CUDA_ERROR_INVALID_VALUE"; break;
+        case OUT_OF_MEMORY: *text = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+        case NO_DEVICE: *text = "CUDA_ERROR_NO_DEVICE"; break;
+        case INVALID_IMAGE: *text = "CUDA_ERROR_INVALID_IMAGE"; break;
+        case INVALID_CONTEXT: *text = "CUDA_ERROR_INVALID_CONTEXT"; break;
+        case INVALID_HANDLE: *text = "CUDA_ERROR_INVALID_HANDLE"; break;
+        case NOT_FOUND: *text = "CUDA_ERROR_NOT_FOUND"; break;
+        case ILLEGAL_ADDRESS: *text = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
+        case LAUNCH_FAILED: *text = "CUDA_ERROR_LAUNCH_FAILED"; break;
+        default: return INVALID_VALUE;
+    }
+    return OK;
+}
+
+// The double says more than a driver does: what happened where.
+CUresult cuGetErrorString(CUresult error, const char** text) {
+    LOCK;
+    *text = error == sticky && error != OK ? sticky_text.c_str() : "refused by the test double";
+    return OK;
+}
+}

@@ -1,0 +1,322 @@
+//! Every operation on a GPU against its CPU twin, on shapes that are multiples of nothing. Without a GPU: on the test
+//! double of `tests/cuda_double`, which watches bounds, barriers and the order of blocks.
+#![allow(missing_docs)]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod common;
+
+use common::cuda_double::cuda;
+use relora_kit::ops::{AdamW, AttentionShape, Cpu, Device, Dropout, IGNORE, Mat, MatMut, RopeShape, Rounding};
+
+/// Values in (-1, 1), the same for the same `seed`.
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let step = |_| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
+    };
+    (0..len).map(step).collect()
+}
+
+/// Runs `$body` on both devices; it returns named results. Their largest differences are within `$tolerance` of the largest
+/// values; with 0, they are equal bit for bit.
+macro_rules! twins {
+    ($what:expr, $tolerance:expr, |$device:ident| $body:expr) => {{
+        let expected: Vec<(&str, Vec<f32>)> = {
+            let $device = &Cpu;
+            $body
+        };
+        let found: Vec<(&str, Vec<f32>)> = {
+            let $device = cuda();
+            $body
+        };
+        cuda().status().unwrap_or_else(|e| panic!("{}: {e}", $what));
+        for ((name, expected), (_, found)) in expected.iter().zip(&found) {
+            compare(&format!("{} {name}", $what), expected, found, $tolerance);
+        }
+    }};
+}
+
+#[track_caller]
+fn compare(what: &str, expected: &[f32], found: &[f32], tolerance: f32) {
+    assert_eq!(expected.len(), found.len(), "{what}: lengths");
+    let top = expected.iter().filter(|x| x.is_finite()).fold(0f32, |top, x| top.max(x.abs()));
+    for (i, (e, f)) in expected.iter().zip(found).enumerate() {
+        let close = (e - f).abs() <= tolerance * top;
+        assert!(e.to_bits() == f.to_bits() || close, "{what} [{i}]: {f:e} instead of {e:e}");
+    }
+}
+
+/// More than a block, more than the grid goes through at once, and odd.
+const LENGTHS: [usize; 5] = [0, 1, 77, 1003, 4096 * 256 + 13];
+
+#[test]
+fn loops_over_whole_buffers() {
+    for n in LENGTHS {
+        twins!(format!("{n} elements"), 1e-7, |device| {
+            let (mut x, mut y, mut filled) =
+                (device.upload(&noise(1, n)), device.upload(&noise(2, n)), device.zeros(n));
+            device.axpy(0.3, &x, &mut y);
+            device.scale(&mut x, -1.7);
+            device.fill(&mut filled, 0.25);
+            let mut copy = device.upload(&vec![9.0; n]);
+            device.copy(&y, &mut copy);
+            let sums =
+                [device.sum(&x), device.dot(&x, &y), device.sum_of_squares(&y), device.sums_of_squares(&[&x, &y])];
+            vec![
+                ("axpy", device.read(&y)),
+                ("scale", device.read(&x)),
+                ("fill", device.read(&filled)),
+                ("copy", device.read(&copy)),
+                ("sums", sums.iter().skip(1).map(|s| *s as f32).collect()),
+                // Near 0: its error is that of its terms.
+                ("sum", vec![sums[0] as f32, 1000.0]),
+            ]
+        });
+    }
+}
+
+#[test]
+fn a_buffer_gets_shorter_and_as_long_again() {
+    twins!("lengths", 1e-7, |device| {
+        let (mut x, mut y) = (device.upload(&noise(1, 300)), device.upload(&noise(2, 200)));
+        let capacity = device.capacity(&x);
+        device.set_len(&mut x, 100);
+        device.set_len(&mut y, 100);
+        assert!(device.len(&x) == 100 && device.capacity(&x) == capacity && capacity >= 300);
+        let short = device.read(&x);
+        device.axpy(0.5, &x, &mut y);
+        device.copy(&y, &mut x);
+        device.set_len(&mut y, 200);
+        // What lies beyond the shorter length is not defined.
+        let y = device.read(&y)[..100].to_vec();
+        vec![("short", short), ("x", device.read(&x)), ("y", y)]
+    });
+}
+
+#[test]
+fn rounding_to_bf16_has_the_cpus_bits() {
+    for n in LENGTHS {
+        let mut x: Vec<f32> = noise(3, n).iter().map(|x| x * 1e3).collect();
+        let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1.003_906_2, 1.011_718_8];
+        x.iter_mut().zip(special).for_each(|(x, s)| *x = s);
+        for rounding in [Rounding::Nearest, Rounding::Stochastic(0x1234_5678_9abc_def1)] {
+            twins!(format!("{rounding:?} {n}"), 0.0, |device| {
+                let mut x = device.upload(&x);
+                device.round_to_bf16(rounding, &mut x);
+                vec![("x", device.read(&x))]
+            });
+        }
+    }
+}
+
+#[test]
+fn dropout_drops_what_the_cpu_drops() {
+    for n in LENGTHS {
+        let dropout = Dropout { p: 0.3, key: 0xfeed_beef_1234_5678 };
+        twins!(format!("{n} elements"), 0.0, |device| {
+            let (x, mut y) = (device.upload(&noise(1, n)), device.upload(&noise(2, n + 5)));
+            let (dy, mut dx) = (device.upload(&noise(3, n + 5)), device.upload(&noise(4, n)));
+            device.dropout_forward(dropout, &x, &mut y);
+            device.dropout_backward(dropout, &dy, &mut dx);
+            // What is longer may be either.
+            let mut short = device.upload(&noise(5, n / 2));
+            device.dropout_forward(dropout, &x, &mut short);
+            device.dropout_backward(dropout, &short, &mut dx);
+            vec![("short", device.read(&short)), ("y", device.read(&y)), ("dx", device.read(&dx))]
+        });
+    }
+}
+
+#[test]
+fn products_of_every_orientation() {
+    for (m, k, n) in [(1, 1, 1), (3, 5, 2), (1, 300, 7), (65, 33, 19), (130, 129, 70)] {
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            for beta in [0.0, 1.0, -0.5] {
+                twins!(format!("{m} x {k} x {n} {ta} {tb} {beta}"), 2e-6, |device| {
+                    let stored = |t: bool, r, c| if t { (c, r) } else { (r, c) };
+                    let ((ar, ac), (br, bc)) = (stored(ta, m, k), stored(tb, k, n));
+                    // Rows before and after, which are not to be touched.
+                    let (a, b) = (device.upload(&noise(1, m * k + 2 * ac)), device.upload(&noise(2, k * n + bc)));
+                    let mut start = noise(3, (m + 3) * n);
+                    if beta == 0.0 {
+                        start[n..(m + 1) * n].fill(f32::NAN);
+                    }
+                    let mut c = device.upload(&start);
+                    let (a, b) = (Mat::new(&a, ar, ac).from_row(2), Mat::new(&b, br, bc).from_row(1));
+                    let (a, b) = (if ta { a.t() } else { a }, if tb { b.t() } else { b });
+                    device.matmul(0.7, a, b, beta, MatMut::new(&mut c, m, n).from_row(1));
+                    vec![("c", device.read(&c))]
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn products_in_tf32_differ_and_only_while_allowed() {
+    let device = common::cuda_double::open();
+    let (a, b) = (noise(1, 12), noise(2, 12));
+    let product = || {
+        let (a, b, mut c) = (device.upload(&a), device.upload(&b), device.zeros(9));
+        device.matmul(1.0, Mat::new(&a, 3, 4), Mat::new(&b, 4, 3), 0.0, MatMut::new(&mut c, 3, 3));
+        device.read(&c)
+    };
+    let exact = product();
+    device.allow_tf32(true);
+    let rounded = product();
+    assert_ne!(exact, rounded);
+    compare("tf32", &exact, &rounded, 2e-3);
+    device.allow_tf32(false);
+    assert_eq!(exact, product());
+}
+
+#[test]
+fn embedding_gathers_and_adds_in_the_order_of_the_rows() {
+    for (vocab, width, rows) in [(11, 7, 1), (11, 300, 67), (1000, 33, 301)] {
+        let tokens: Vec<u32> = (0..rows).map(|i| (i * i * 7919 % vocab) as u32).collect();
+        twins!(format!("{vocab} {width} {rows}"), 0.0, |device| {
+            let (ids, table) = (device.upload_tokens(&tokens), device.upload(&noise(1, vocab * width)));
+            let (mut y, dy) = (device.zeros(rows * width), device.upload(&noise(2, rows * width)));
+            let mut dtable = device.upload(&noise(3, vocab * width));
+            device.embedding_forward(&ids, &table, &mut y);
+            device.embedding_backward(&ids, &dy, &mut dtable);
+            vec![("y", device.read(&y)), ("dtable", device.read(&dtable))]
+        });
+    }
+}
+
+#[test]
+fn rms_norm_forward_and_backward() {
+    for (rows, width) in [(1, 1), (67, 37), (3, 256), (130, 300), (5, 1037)] {
+        twins!(format!("{rows} x {width}"), 2e-6, |device| {
+            let (x, weight) = (device.upload(&noise(1, rows * width)), device.upload(&noise(2, width)));
+            let (mut y, mut rstd) = (device.upload(&noise(3, rows * width)), device.upload(&noise(4, rows)));
+            device.rms_norm_forward(&x, &weight, 1e-3, &mut y, &mut rstd);
+            let (dy, mut dx) = (device.upload(&noise(5, rows * width)), device.upload(&noise(6, rows * width)));
+            let mut dweight = device.upload(&noise(7, width));
+            device.rms_norm_backward(&x, &weight, &rstd, &dy, &mut dx, Some(&mut dweight));
+            let mut frozen = device.upload(&noise(6, rows * width));
+            device.rms_norm_backward(&x, &weight, &rstd, &dy, &mut frozen, None);
+            vec![
+                ("y", device.read(&y)),
+                ("rstd", device.read(&rstd)),
+                ("dx", device.read(&dx)),
+                ("dx, frozen", device.read(&frozen)),
+                ("dweight", device.read(&dweight)),
+            ]
+        });
+    }
+}
+
+#[test]
+fn rope_turns_and_turns_back() {
+    for (batch, len, heads, head_dim) in [(1, 1, 1, 2), (3, 7, 5, 6), (2, 33, 3, 34)] {
+        let shape = RopeShape { batch, len, heads, head_dim };
+        let n = batch * len * heads * head_dim;
+        let angles = noise(1, (len + 2) * head_dim / 2); // a table longer than the windows
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
+        twins!(format!("{shape:?}"), 1e-7, |device| {
+            let (cos, sin) = (device.upload(&cos), device.upload(&sin));
+            let (mut x, mut dx) = (device.upload(&noise(2, n)), device.upload(&noise(3, n)));
+            device.rope_forward(shape, &cos, &sin, &mut x);
+            device.rope_backward(shape, &cos, &sin, &mut dx);
+            vec![("x", device.read(&x)), ("dx", device.read(&dx))]
+        });
+    }
+}
+
+/// `(batch, len, heads, kv_heads, head_dim)`
+fn attention(shapes: &[(usize, usize, usize, usize, usize)]) {
+    for &(batch, len, heads, kv_heads, head_dim) in shapes {
+        let shape = AttentionShape { batch, len, heads, kv_heads, head_dim };
+        let (n, m) = (batch * len * heads * head_dim, batch * len * kv_heads * head_dim);
+        let wide = |seed, n| noise(seed, n).iter().map(|x| 3.0 * x).collect::<Vec<f32>>();
+        twins!(format!("{shape:?}"), 3e-6, |device| {
+            let (mut q, mut k, mut v) =
+                (device.upload(&wide(1, n)), device.upload(&wide(2, m)), device.upload(&noise(3, m)));
+            let (mut o, mut lse) = (device.upload(&noise(4, n)), device.upload(&noise(5, batch * heads * len)));
+            device.attention_forward(shape, &q, &k, &v, &mut o, &mut lse);
+            let d_o = device.upload(&noise(6, n));
+            device.attention_backward(shape, [&mut q, &mut k, &mut v], &o, &lse, &d_o);
+            vec![
+                ("o", device.read(&o)),
+                ("lse", device.read(&lse)),
+                ("dq", device.read(&q)),
+                ("dk", device.read(&k)),
+                ("dv", device.read(&v)),
+            ]
+        });
+    }
+}
+
+#[test]
+fn attention_of_narrow_heads() {
+    attention(&[(1, 1, 1, 1, 2), (2, 5, 3, 3, 6), (1, 67, 4, 2, 33), (2, 32, 2, 1, 64), (1, 33, 3, 1, 1)]);
+}
+
+#[test]
+fn attention_of_middling_heads() {
+    attention(&[(1, 35, 2, 1, 65), (2, 17, 2, 2, 100), (1, 49, 1, 1, 128)]);
+}
+
+#[test]
+fn attention_of_wide_heads() {
+    attention(&[(1, 19, 2, 1, 130), (1, 9, 2, 2, 255), (1, 33, 1, 1, 256)]);
+}
+
+#[test]
+fn swiglu_forward_and_backward() {
+    for n in LENGTHS {
+        let wide = |seed| noise(seed, n).iter().map(|x| 8.0 * x).collect::<Vec<f32>>();
+        twins!(format!("{n} elements"), 1e-6, |device| {
+            let (mut gate, mut up, mut y) = (device.upload(&wide(1)), device.upload(&wide(2)), device.zeros(n + 3));
+            device.swiglu_forward(&gate, &up, &mut y);
+            device.swiglu_backward(&device.upload(&noise(3, n + 2)), &mut gate, &mut up);
+            vec![("y", device.read(&y)), ("dgate", device.read(&gate)), ("dup", device.read(&up))]
+        });
+    }
+}
+
+#[test]
+fn cross_entropy_of_some_rows() {
+    for vocab in [2, 37, 256, 1037] {
+        let last = vocab as u32 - 1;
+        let targets = [1, 0, IGNORE, last, last / 2, IGNORE, 1];
+        let (first, rows) = (2, 4);
+        for scale in [None, Some(0.25)] {
+            twins!(format!("{vocab} {scale:?}"), 2e-6, |device| {
+                let logits: Vec<f32> = noise(1, (rows + 1) * vocab).iter().map(|x| 20.0 * x).collect();
+                let (ids, mut logits) = (device.upload_tokens(&targets), device.upload(&logits));
+                let mut losses = device.upload(&noise(2, targets.len()));
+                device.cross_entropy(vocab, first, rows, &ids, &mut logits, &mut losses, scale);
+                let logits = device.read(&logits);
+                // The gradient apart from what is not to be touched: their sizes differ.
+                let (own, others) = logits.split_at(rows * vocab);
+                vec![("losses", device.read(&losses)), ("logits", own.to_vec()), ("others", others.to_vec())]
+            });
+        }
+    }
+    let device = cuda();
+    let mut values = noise(1, 300);
+    values[40] = f32::NAN;
+    let (mut logits, mut losses) = (device.upload(&values), device.zeros(1));
+    device.cross_entropy(300, 0, 1, &device.upload_tokens(&[3]), &mut logits, &mut losses, None);
+    assert!(device.read(&losses)[0].is_nan());
+}
+
+#[test]
+fn adamw_updates() {
+    for n in LENGTHS {
+        twins!(format!("{n} elements"), 1e-6, |device| {
+            let mut step =
+                AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 0, grad_scale: 0.5 };
+            let (mut p, mut m, mut v) = (device.upload(&noise(1, n)), device.zeros(n), device.zeros(n));
+            for t in 1..=3 {
+                step.step = t;
+                device.adamw(&step, &mut p, &device.upload(&noise(10 + t, n)), &mut m, &mut v);
+            }
+            vec![("p", device.read(&p)), ("m", device.read(&m)), ("v", device.read(&v))]
+        });
+    }
+}
