@@ -5,6 +5,7 @@
 pub mod error;
 pub mod interrupt;
 pub mod progress;
+pub mod shard;
 pub mod staged;
 pub mod threads;
 

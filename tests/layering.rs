@@ -7,13 +7,14 @@ use std::{
 };
 
 /// What every module may use.
-const FOUNDATION: &[&str] = &["error", "interrupt", "progress", "staged", "threads"];
+const FOUNDATION: &[&str] = &["error", "interrupt", "progress", "shard", "staged", "threads"];
 
 /// Module -> what it may import besides itself and the foundation. `cli` may import everything.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("interrupt", &[]),
     ("progress", &[]),
+    ("shard", &[]),
     ("staged", &[]),
     ("threads", &[]),
     ("checkpoint", &[]),

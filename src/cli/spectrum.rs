@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Result},
     progress::Progress,
     report::{self, Format, spectrum::SpectrumReport},
+    shard::Shard,
     spectrum::{self, Gate, Labelled, Method, Options, Request},
     staged,
 };
@@ -24,6 +25,8 @@ use std::path::PathBuf;
   relora-kit spectrum --adapter my-lora
   relora-kit spectrum --base step-0 --tuned step-20000 --rank 8 --require 'rank_above_noise > 2*r for 90%'
   relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
+  relora-kit spectrum --base step-0 --tuned step-20000 --shard 3/8 -o part-3.json
+  relora-kit spectrum --combine part-*.json --require 'effective_rank > 64 for 90%' --report spectrum.html
 
 A gate reads METRIC OP VALUE [for all|any|median|P%] [on GLOB]; VALUE is a number or a multiple of the adapter rank (2*r).
 Metrics: spectral_norm frobenius_norm nuclear_norm numerical_rank noise_edge rank_above_noise effective_rank
@@ -41,6 +44,26 @@ pub struct Args {
     /// A run of `relora-kit train`: every cycle and the sum of all; repeat to compare several
     #[arg(long, value_name = "[LABEL=]RUN", help_heading = "Sources")]
     run: Vec<String>,
+    /// Join the parts that --shard wrote: gates, formats and pages as if one process had measured everything
+    #[arg(
+        long,
+        value_name = "PART.json",
+        num_args = 1..,
+        help_heading = "Job arrays",
+        conflicts_with_all = [
+            "base", "tuned", "adapter", "run", "filter", "common_only", "skip_nonfinite", "rank", "rank_tol", "roundings",
+            "dense", "shard",
+        ],
+    )]
+    combine: Vec<PathBuf>,
+    /// Measure the I-th of N shares of the matrices, equal in cost, and write a part (JSON) for --combine
+    #[arg(
+        long,
+        value_name = "I/N",
+        help_heading = "Job arrays",
+        conflicts_with_all = ["require", "against", "report", "sigma"],
+    )]
+    shard: Option<Shard>,
     /// Only tensors whose names match this glob; repeat for more
     #[arg(long, value_name = "GLOB", help_heading = "Selection")]
     filter: Vec<String>,
@@ -84,8 +107,15 @@ impl Args {
         for path in output.output.iter().chain(&self.report) {
             staged::refuse_existing(path, output.force)?;
         }
+        if self.shard.is_some() && matches!(output.format, Format::Csv | Format::Markdown) {
+            return Err(Error::request("a part of a spectrum is written as JSON")
+                .help("leave out --format; --combine prints every format"));
+        }
         let options = self.options()?;
-        let mut spectrum = spectrum::run(&options, progress)?;
+        let mut spectrum = match self.combine.is_empty() {
+            true => spectrum::run(&options, progress)?,
+            false => spectrum::combine(&self.combine, &options)?,
+        };
         if let Some(path) = &self.report {
             staged::write_file(path, report::html::page(&spectrum)?.as_bytes(), output.force)?;
             progress.info(&format!("wrote '{}'", path.display()));
@@ -94,13 +124,14 @@ impl Args {
             }
         }
         let shown = SpectrumReport { spectrum: &spectrum, wide: output.format == Format::Csv };
-        report::emit(&shown, output.format, output.output.as_deref(), output.force)?;
+        let format = if self.shard.is_some() { Format::Json } else { output.format };
+        report::emit(&shown, format, output.output.as_deref(), output.force)?;
         Ok(if spectrum.passed() { Outcome::Yes } else { Outcome::No })
     }
 
     fn options(&self) -> Result<Options> {
         Ok(Options {
-            requests: self.requests()?,
+            requests: if self.combine.is_empty() { self.requests()? } else { Vec::new() },
             filter: self.filter.clone(),
             gates: self.require.iter().map(|text| Gate::parse(text)).collect::<Result<_>>()?,
             rank_tolerance: self.rank_tol,
@@ -111,6 +142,7 @@ impl Args {
             sigma: self.sigma || self.report.is_some(),
             hashes: self.report.is_some(),
             against: self.against.clone(),
+            shard: self.shard,
             method: if self.dense { Method::Dense } else { Method::Auto },
         })
     }
@@ -124,7 +156,7 @@ impl Args {
         requests.extend(self.run.iter().map(|text| Request::Run(Labelled::parse(text))));
         if requests.is_empty() {
             return Err(Error::request("no source is given")
-                .help("pass --base CKPT --tuned CKPT, --adapter ADAPTER, or --run RUN"));
+                .help("pass --base CKPT --tuned CKPT, --adapter ADAPTER, --run RUN, or --combine PART.json..."));
         }
         Ok(requests)
     }

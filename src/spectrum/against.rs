@@ -50,8 +50,23 @@ pub struct Loss {
     pub now: usize,
 }
 
-/// Reads a result that `--format json` wrote.
+/// Reads a whole result that `--format json` wrote.
 pub fn read(path: &Path) -> Result<Spectrum> {
+    let spectrum = parse(path)?;
+    if let Some(part) = &spectrum.part {
+        return Err(Error::request(format!(
+            "'{}' is part {} of {} of a spectrum, not a whole one",
+            path.display(),
+            part.index,
+            part.count
+        ))
+        .help("join all parts with --combine first"));
+    }
+    Ok(spectrum)
+}
+
+/// Reads a result or a part of one.
+pub(super) fn parse(path: &Path) -> Result<Spectrum> {
     let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let spectrum: Spectrum = serde_json::from_slice(&text).map_err(|e| {
         Error::request(format!("'{}' is not a spectrum: {e}", path.display()))

@@ -67,6 +67,15 @@ enum Quantifier {
     Percent(f64),
 }
 
+/// A weight that gates may ask about, before it is measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked<'a> {
+    pub label: &'a str,
+    pub name: &'a str,
+    /// Whether it has an adapter's rank to compare with.
+    pub ranked: bool,
+}
+
 /// One matrix as gates see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate<'a> {

@@ -1,7 +1,8 @@
 //! Singular values of weight updates, what they say about rank, and what rounding alone could have faked.
 //!
 //! [`run`] opens the sources, checks that they fit, chooses the matrices, computes their singular values (largest
-//! matrices first, spread over the threads) and judges the gates.
+//! matrices first, spread over the threads) and judges the gates. With a [shard](Options::shard) it measures one job's
+//! share of the matrices, and [`combine`] joins the parts.
 
 pub mod against;
 pub mod cycles;
@@ -15,6 +16,7 @@ pub mod measures;
 mod names;
 pub mod noise;
 mod pair;
+pub mod part;
 pub mod schedule;
 mod source;
 pub mod svd;
@@ -24,6 +26,7 @@ pub use cycles::CycleSummary;
 pub use gates::{Gate, GateResult};
 pub use groups::Group;
 pub use measures::Measures;
+pub use part::{Part, combine};
 pub use source::{Labelled, Request};
 pub use svd::Method;
 
@@ -31,8 +34,10 @@ use crate::{
     delta::LowRank,
     error::{Error, Kind, Result},
     progress::Progress,
+    shard::Shard,
+    threads,
 };
-use gates::Candidate;
+use gates::{Asked, Candidate};
 use lowrank::Factors;
 use measures::BELOW;
 use noise::UlpSums;
@@ -67,6 +72,8 @@ pub struct Options {
     pub hashes: bool,
     /// An earlier result, as JSON, to compare with.
     pub against: Option<PathBuf>,
+    /// Measure one job's share of the matrices: the result is a part for [`combine`]. Gates and `against` are for then.
+    pub shard: Option<Shard>,
 }
 
 /// The result of [`run`]; its serialisation is the JSON of the command.
@@ -90,6 +97,9 @@ pub struct Spectrum {
     /// Comparison with an earlier result, if asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub against: Option<Against>,
+    /// Set where this is one job's share of the matrices only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
 }
 
 /// One labelled source.
@@ -195,7 +205,7 @@ fn totals<'a>(sources: &'a [Source], matrices: &'a [Matrix]) -> impl Iterator<It
     matrices.iter().filter(move |m| m.cycle.is_none() || m.cumulative == Some(true) && m.cycle == last(&m.label))
 }
 
-/// Measures every matrix of every source.
+/// Measures every matrix of every source, or one job's share of them.
 pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     check_labels(options)?;
     let before = options.against.as_deref().map(against::read).transpose()?;
@@ -204,29 +214,101 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     for source in &opened {
         source.plan(options, &mut jobs, &mut skipped)?;
     }
-    check_gates(options, &jobs)?;
-    let bar = progress.count("singular values", jobs.len() as u64);
-    let results =
-        schedule::run(&jobs, memory_budget(&jobs), |j| j.need(options.method), |j| measure(j, options), |_| bar.inc(1));
-    bar.finish_and_clear();
-    let mut matrices = Vec::new();
-    for result in results? {
-        match result {
-            Measured::Matrices(found) => matrices.extend(found),
-            Measured::Skipped(skip) => {
-                progress.warn(&format!("{} ('{}') is not measured: {}", skip.name, skip.label, skip.detail));
-                skipped.push(skip);
-            }
-        }
-    }
-    if matrices.is_empty() && jobs.is_empty() {
+    let asked: Vec<Asked> =
+        jobs.iter().map(|j| Asked { label: &j.label, name: &j.name, ranked: j.r.is_some() }).collect();
+    check_gates(&options.gates, options.requests.iter().map(Request::label), &asked)?;
+    if jobs.is_empty() {
         return Err(nothing_to_measure(options, &skipped));
     }
-    let sources = opened.iter().map(|o| o.describe(options.hashes)).collect::<Result<Vec<_>>>()?;
+    if let Some(shard) = options.shard {
+        return run_shard(shard, options, &opened, &jobs, skipped, progress);
+    }
+    let own: Vec<&Job> = jobs.iter().collect();
+    let mut matrices = Vec::new();
+    for measured in measure_all(&own, jobs.len(), options, progress)? {
+        match measured {
+            Measured::Matrices(found) => matrices.extend(found),
+            Measured::Skipped(skip) => skipped.push(skip),
+        }
+    }
+    let sources = opened.iter().map(|o| o.describe(|_| options.hashes)).collect::<Result<Vec<_>>>()?;
+    complete(options, sources, matrices, skipped, before)
+}
+
+/// Measures this job's share. The part holds all singular values, and this job hashes its share of the files: combining may ask for both.
+fn run_shard(
+    shard: Shard,
+    options: &Options,
+    opened: &[Opened],
+    jobs: &[Job],
+    mut skipped: Vec<Skipped>,
+    progress: &Progress,
+) -> Result<Spectrum> {
+    if !options.gates.is_empty() || options.against.is_some() {
+        return Err(Error::request(format!("gates and earlier results need all parts, but this is part {shard}"))
+            .help("pass them when the parts are combined"));
+    }
+    let options = &Options { sigma: true, ..options.clone() };
+    let costs: Vec<f64> = jobs.iter().map(|j| j.need(options.method).cost).collect();
+    let (places, own): (Vec<usize>, Vec<&Job>) = shard
+        .own(&costs)
+        .into_iter()
+        .zip(jobs)
+        .enumerate()
+        .filter(|(_, (own, _))| *own)
+        .map(|(i, (_, j))| (i, j))
+        .unzip();
+    let mut part = Part::new(shard, options, opened, jobs.len())?;
+    part.skipped_by_all = skipped.len();
+    let mut matrices = Vec::new();
+    for (place, measured) in places.into_iter().zip(measure_all(&own, jobs.len(), options, progress)?) {
+        let found = match measured {
+            Measured::Matrices(found) => found,
+            Measured::Skipped(skip) => {
+                skipped.push(skip);
+                Vec::new()
+            }
+        };
+        part.measured.push(part::Measured::new(place, &found));
+        matrices.extend(found);
+    }
+    let hashed = part::own_files(shard, opened)?;
+    let sources = opened.iter().map(|o| o.describe(|file| hashed.contains(file))).collect::<Result<Vec<_>>>()?;
+    let mut spectrum = Spectrum { part: Some(part), ..complete(options, sources, matrices, skipped, None)? };
+    spectrum.forget_sigma();
+    Ok(spectrum)
+}
+
+/// Measures `jobs`, a share of `of` jobs, and warns about what cannot be measured.
+fn measure_all(jobs: &[&Job], of: usize, options: &Options, progress: &Progress) -> Result<Vec<Measured>> {
+    let bar = progress.count("singular values", jobs.len() as u64);
+    let need = |j: &&Job| j.need(options.method);
+    let run = || schedule::run(jobs, memory_budget(jobs), need, |j| measure(j, options), |_| bar.inc(1));
+    // One thread per matrix as soon as the whole has several: the bytes do not depend on how it is shared out.
+    let results = if of > 1 { threads::with_serial_blas(run) } else { run() };
+    bar.finish_and_clear();
+    let results = results?;
+    for result in &results {
+        if let Measured::Skipped(skip) = result {
+            progress.warn(&format!("{} ('{}') is not measured: {}", skip.name, skip.label, skip.detail));
+        }
+    }
+    Ok(results)
+}
+
+/// Judges the gates and summarises.
+fn complete(
+    options: &Options,
+    sources: Vec<Source>,
+    matrices: Vec<Matrix>,
+    skipped: Vec<Skipped>,
+    before: Option<Spectrum>,
+) -> Result<Spectrum> {
     let gates = judge(&options.gates, &sources, &matrices)?;
     let groups = groups::groups(totals(&sources, &matrices));
     let cycles = cycles::summarise(&matrices);
-    let mut spectrum = Spectrum { schema: 1, groups, sources, matrices, gates, skipped, cycles, against: None };
+    let mut spectrum =
+        Spectrum { schema: 1, groups, sources, matrices, gates, skipped, cycles, against: None, part: None };
     if let (Some(path), Some(before)) = (&options.against, before) {
         spectrum.against = Some(against::compare(path, &before, &spectrum));
     }
@@ -245,19 +327,19 @@ fn check_labels(options: &Options) -> Result<()> {
 }
 
 /// Bytes that matrices in flight may hold together: with what else a process needs, below 6 of the largest in f64.
-fn memory_budget(jobs: &[Job]) -> f64 {
+fn memory_budget(jobs: &[&Job]) -> f64 {
     5.5 * jobs.iter().map(|j| 8.0 * j.shape.0 as f64 * j.shape.1 as f64).fold(0.0, f64::max)
 }
 
 /// Every gate must ask about at least one matrix of each source, and know its rank if it compares with it.
-fn check_gates(options: &Options, jobs: &[Job]) -> Result<()> {
-    for gate in &options.gates {
-        for label in options.requests.iter().map(Request::label) {
-            let mut asked = jobs.iter().filter(|j| j.label == label && gate.covers(&j.name)).peekable();
+fn check_gates<'a>(gates: &[Gate], labels: impl Iterator<Item = &'a str> + Clone, all: &[Asked]) -> Result<()> {
+    for gate in gates {
+        for label in labels.clone() {
+            let mut asked = all.iter().filter(|a| a.label == label && gate.covers(a.name)).peekable();
             if asked.peek().is_none() {
                 return Err(gate.no_match(label));
             }
-            if gate.needs_rank() && asked.any(|j| j.r.is_none()) {
+            if gate.needs_rank() && asked.any(|a| !a.ranked) {
                 return Err(gate.no_rank(label));
             }
         }

@@ -139,7 +139,8 @@ impl Opened {
         })
     }
 
-    pub fn describe(&self, hashes: bool) -> Result<Source> {
+    /// What this source is, with the sha256 of the files that `hashed` takes.
+    pub fn describe(&self, hashed: impl Fn(&Path) -> bool) -> Result<Source> {
         let (label, kind, base, path) = match self {
             Opened::Checkpoints { label, base, tuned } => (label, "checkpoints", Some(base.path()), tuned.path()),
             Opened::Adapter { label, adapter } => (label, "adapter", None, adapter.path()),
@@ -147,19 +148,17 @@ impl Opened {
         };
         let cycles = if let Opened::Run { run, .. } = self { Some(run.cycles()) } else { None };
         let mut files = BTreeMap::new();
-        if hashes {
-            for file in self.files() {
-                interrupt::check()?;
-                let hash = sha256_file(&file)?;
-                files.insert(file.display().to_string(), hash);
-            }
+        for file in self.files().into_iter().filter(|file| hashed(file)) {
+            interrupt::check()?;
+            let hash = sha256_file(&file)?;
+            files.insert(file.display().to_string(), hash);
         }
         let (base, path) = (base.map(Path::to_owned), path.to_owned());
         Ok(Source { label: label.clone(), kind: kind.into(), base, path, cycles, files })
     }
 
     /// The files the result depends on; of a run its manifest, which vouches for the others.
-    fn files(&self) -> Vec<PathBuf> {
+    pub fn files(&self) -> Vec<PathBuf> {
         let of = |c: &Checkpoint| c.files().iter().map(|f| f.path().to_owned()).collect::<Vec<_>>();
         match self {
             Opened::Checkpoints { base, tuned, .. } => [of(base), of(tuned)].concat(),

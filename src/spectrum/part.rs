@@ -1,0 +1,317 @@
+//! Measuring spread over the jobs of an array: each measures its shard of the matrices and writes a part, and combining
+//! all parts gives what one process gives, to the byte.
+
+use super::{
+    Matrix, Measures, Options, Reason, Skipped, Source, Spectrum, against, check_gates, complete, gates::Asked,
+    measures, source::Opened, svd::Method,
+};
+use crate::{
+    error::{Error, Result},
+    shard::{self, Shard},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// What a part knows beyond its own matrices. Everything but `index` and `measured` is the same in all parts of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    /// Which part, from 1.
+    pub index: usize,
+    /// Of how many.
+    pub count: usize,
+    /// The program and its version.
+    pub tool: String,
+    /// How the matrices were chosen and measured.
+    pub options: Measuring,
+    /// The files the result depends on, each with a digest of its length and some of its bytes.
+    pub inputs: Vec<(PathBuf, String)>,
+    /// Weights to measure, over all parts.
+    pub weights: usize,
+    /// The first so many entries of `skipped` are the same in all parts.
+    pub skipped_by_all: usize,
+    /// The weights of this part.
+    pub measured: Vec<Measured>,
+}
+
+/// One weight of a part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Its place in the whole.
+    pub weight: usize,
+    /// For each of its matrices (none if it was skipped) the noise edge and the singular values to the last bit: 16
+    /// hexadecimal digits each, the bits of an f64. Reading JSON's decimal numbers may round them.
+    pub values: Vec<String>,
+}
+
+impl Measured {
+    pub(super) fn new(weight: usize, matrices: &[Matrix]) -> Measured {
+        let hex = |x: &f64| format!("{:016x}", x.to_bits());
+        let values =
+            |m: &Matrix| std::iter::once(&m.measures.noise_edge).chain(m.sigma.iter().flatten()).map(hex).collect();
+        Measured { weight, values: matrices.iter().map(values).collect() }
+    }
+}
+
+/// Gives `matrix` back what it was measured with; `None` if `values` are not its own.
+fn restore(matrix: &mut Matrix, values: &str, rank_tol: Option<f64>) -> Option<()> {
+    let number = |digits: &[u8]| Some(f64::from_bits(u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?));
+    let mut values = values.as_bytes().chunks(16).map(number).collect::<Option<Vec<f64>>>()?.into_iter();
+    let noise_edge = values.next()?;
+    let sigma: Vec<f64> = values.collect();
+    let shape = (matrix.shape[0], matrix.shape[1]);
+    if sigma.len() != shape.0.min(shape.1) {
+        return None;
+    }
+    let tolerance = rank_tol.unwrap_or_else(|| measures::default_tolerance(shape));
+    matrix.measures = Measures::new(&sigma, shape, tolerance, noise_edge);
+    matrix.sigma = Some(sigma);
+    Some(())
+}
+
+/// The options that decide what is measured, and how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measuring {
+    /// `--filter`
+    pub filter: Vec<String>,
+    /// `--rank-tol`, as text: to the last bit.
+    pub rank_tol: Option<String>,
+    /// `--roundings`
+    pub roundings: u64,
+    /// `--rank`
+    pub rank: Option<usize>,
+    /// `--dense`
+    pub dense: bool,
+    /// `--common-only`
+    pub common_only: bool,
+    /// `--skip-nonfinite`
+    pub skip_nonfinite: bool,
+}
+
+impl Part {
+    pub(super) fn new(shard: Shard, options: &Options, opened: &[Opened], weights: usize) -> Result<Part> {
+        let mut inputs = Vec::new();
+        for file in unique_files(opened) {
+            let digest = shard::digest(&file)?;
+            inputs.push((file, digest));
+        }
+        Ok(Part {
+            index: shard.index,
+            count: shard.count,
+            tool: concat!("relora-kit ", env!("CARGO_PKG_VERSION")).to_owned(),
+            options: Measuring {
+                filter: options.filter.clone(),
+                rank_tol: options.rank_tolerance.map(|x| x.to_string()),
+                roundings: options.roundings,
+                rank: options.rank,
+                dense: options.method == Method::Dense,
+                common_only: options.common_only,
+                skip_nonfinite: options.skip_nonfinite,
+            },
+            inputs,
+            weights,
+            skipped_by_all: 0,
+            measured: Vec::new(),
+        })
+    }
+
+    fn name(&self) -> String {
+        Shard { index: self.index, count: self.count }.to_string()
+    }
+}
+
+fn unique_files(opened: &[Opened]) -> Vec<PathBuf> {
+    let mut seen = HashSet::new();
+    opened.iter().flat_map(Opened::files).filter(|file| seen.insert(file.clone())).collect()
+}
+
+/// The files that this job hashes: every file of the sources is read in full by one job only.
+pub(super) fn own_files(shard: Shard, opened: &[Opened]) -> Result<HashSet<PathBuf>> {
+    let files = unique_files(opened);
+    let bytes = |file: &PathBuf| fs::metadata(file).map(|m| m.len() as f64).map_err(|e| Error::io("read", file, e));
+    let own = shard.own(&files.iter().map(bytes).collect::<Result<Vec<_>>>()?);
+    Ok(files.into_iter().zip(own).filter(|(_, own)| *own).map(|(file, _)| file).collect())
+}
+
+/// A part that was read, and where from.
+struct Read<'a> {
+    path: &'a Path,
+    spectrum: Spectrum,
+    part: Part,
+}
+
+impl Read<'_> {
+    fn open(path: &Path) -> Result<Read<'_>> {
+        let mut spectrum = against::parse(path)?;
+        match spectrum.part.take() {
+            Some(part) => Ok(Read { path, spectrum, part }),
+            None => Err(Error::request(format!("'{}' is no part but a whole result", path.display()))
+                .help("parts are written by `relora-kit spectrum --shard I/N`")),
+        }
+    }
+}
+
+/// Joins all parts of a job. Of `options` only the gates, `against`, `sigma` and `hashes` count: the rest was decided when
+/// the parts were measured.
+pub fn combine(paths: &[PathBuf], options: &Options) -> Result<Spectrum> {
+    let before = options.against.as_deref().map(against::read).transpose()?;
+    let mut parts = paths.iter().map(|path| Read::open(path)).collect::<Result<Vec<_>>>()?;
+    let Some(first) = parts.first() else { return Err(Error::request("there is no part to combine")) };
+    parts[1..].iter().try_for_each(|other| check_same_job(first, other))?;
+    check_all_there(&parts)?;
+    parts.sort_by_key(|p| p.part.index);
+    let sources = join_sources(&parts, options.hashes);
+    let (matrices, skipped) = join_matrices(parts.iter_mut().map(|p| (p.path, &mut p.spectrum, &p.part)).collect())?;
+    let asked = asked(&matrices, &skipped, &sources, &parts[0].part);
+    check_gates(&options.gates, sources.iter().map(|s| s.label.as_str()), &asked)?;
+    let mut spectrum = complete(options, sources, matrices, skipped, before)?;
+    if !options.sigma {
+        spectrum.forget_sigma();
+    }
+    Ok(spectrum)
+}
+
+/// Refuses a part that another command line, other files or another program made, and says what differs.
+fn check_same_job(a: &Read, b: &Read) -> Result<()> {
+    let (x, y) = (&a.part, &b.part);
+    let differs = |what: &str, one: String, other: String| {
+        Err(Error::request(format!(
+            "'{}' and '{}' are parts of different jobs: {what} is {one} in the first and {other} in the second",
+            a.path.display(),
+            b.path.display()
+        ))
+        .help("measure all parts with the same options, over the same files"))
+    };
+    let values = |m: &Measuring| serde_json::to_value(m).ok().and_then(|v| v.as_object().cloned()).unwrap_or_default();
+    for ((key, one), (_, other)) in values(&x.options).iter().zip(&values(&y.options)) {
+        if one != other {
+            return differs(&format!("--{}", key.replace('_', "-")), one.to_string(), other.to_string());
+        }
+    }
+    if x.count != y.count {
+        return differs("the number of parts", x.count.to_string(), y.count.to_string());
+    }
+    if x.tool != y.tool {
+        return differs("the program", x.tool.clone(), y.tool.clone());
+    }
+    let described = |r: &Read| -> Vec<String> {
+        let path = |p: &PathBuf| p.display().to_string();
+        let one = |s: &Source| {
+            format!("'{}' ({}{})", s.label, s.base.as_ref().map_or(String::new(), |b| path(b) + " to "), path(&s.path))
+        };
+        r.spectrum.sources.iter().map(one).collect()
+    };
+    let (one, other) = (described(a), described(b));
+    if one != other {
+        return differs("the list of sources", one.join(", "), other.join(", "));
+    }
+    if x.inputs.len() != y.inputs.len() {
+        return differs("the number of files", x.inputs.len().to_string(), y.inputs.len().to_string());
+    }
+    if let Some((one, other)) = x.inputs.iter().zip(&y.inputs).find(|(one, other)| one != other) {
+        let words = |(path, digest): &(PathBuf, String)| {
+            format!("'{}' ({})", path.display(), digest.get(..12).unwrap_or(digest))
+        };
+        return differs("the content of a file", words(one), words(other));
+    }
+    if (x.weights, x.skipped_by_all) != (y.weights, y.skipped_by_all) {
+        return differs("the number of weights", x.weights.to_string(), y.weights.to_string());
+    }
+    Ok(())
+}
+
+fn check_all_there(parts: &[Read]) -> Result<()> {
+    for (i, part) in parts.iter().enumerate() {
+        if let Some(twin) = parts[..i].iter().find(|p| p.part.index == part.part.index) {
+            return Err(Error::request(format!(
+                "part {} is given twice: '{}' and '{}'",
+                part.part.name(),
+                twin.path.display(),
+                part.path.display()
+            ))
+            .help("name every part once"));
+        }
+    }
+    let count = parts[0].part.count;
+    let missing: Vec<String> = (1..=count)
+        .filter(|index| parts.iter().all(|p| p.part.index != *index))
+        .map(|index| Shard { index, count }.to_string())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let (shown, more) = (missing.len().min(10), missing.len().saturating_sub(10));
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    Err(Error::request(format!(
+        "{} of {count} parts are missing: {}{more}",
+        missing.len(),
+        missing[..shown].join(", ")
+    ))
+    .help("measure them with --shard, or name their files, too"))
+}
+
+/// The sources, with the hashes that each part took of its share of the files.
+fn join_sources(parts: &[Read], hashes: bool) -> Vec<Source> {
+    let mut sources = parts[0].spectrum.sources.clone();
+    for (i, source) in sources.iter_mut().enumerate() {
+        source.files.clear();
+        if hashes {
+            source.files.extend(parts.iter().flat_map(|p| p.spectrum.sources[i].files.clone()));
+        }
+    }
+    sources
+}
+
+/// Matrices and skipped tensors in the order of one process.
+fn join_matrices(parts: Vec<(&Path, &mut Spectrum, &Part)>) -> Result<(Vec<Matrix>, Vec<Skipped>)> {
+    let mut skipped = Vec::new();
+    let weights = parts.iter().map(|(_, _, part)| part.measured.len()).sum::<usize>();
+    let mut found: Vec<Option<(Vec<Matrix>, Option<Skipped>)>> = Vec::new();
+    found.resize_with(weights, || None);
+    for (i, (path, spectrum, part)) in parts.into_iter().enumerate() {
+        let damaged = || {
+            Error::request(format!("'{}' is damaged: its matrices do not fit its list of weights", path.display()))
+                .help("measure this part again")
+        };
+        let mut matrices = std::mem::take(&mut spectrum.matrices).into_iter();
+        let mut skips = std::mem::take(&mut spectrum.skipped).into_iter();
+        let by_all: Vec<Skipped> = skips.by_ref().take(part.skipped_by_all).collect();
+        if i == 0 {
+            skipped = by_all;
+        }
+        let rank_tol =
+            part.options.rank_tol.as_ref().map(|text| text.parse::<f64>().map_err(|_| damaged())).transpose()?;
+        for Measured { weight, values } in &part.measured {
+            let mut own: Vec<Matrix> = matrices.by_ref().take(values.len()).collect();
+            let skip = if values.is_empty() { Some(skips.next().ok_or_else(damaged)?) } else { None };
+            let restored = own.iter_mut().zip(values).filter_map(|(m, v)| restore(m, v, rank_tol)).count();
+            let place = found.get_mut(*weight).filter(|place| place.is_none()).ok_or_else(damaged)?;
+            if restored != values.len() {
+                return Err(damaged());
+            }
+            *place = Some((own, skip));
+        }
+        if matrices.next().is_some() || skips.next().is_some() || part.weights != weights {
+            return Err(damaged());
+        }
+    }
+    let mut all = Vec::new();
+    for (matrices, skip) in found.into_iter().flatten() {
+        all.extend(matrices);
+        skipped.extend(skip);
+    }
+    Ok((all, skipped))
+}
+
+/// What gates can ask about: every weight, also those that turned out not to be finite.
+fn asked<'a>(matrices: &'a [Matrix], skipped: &'a [Skipped], sources: &[Source], part: &Part) -> Vec<Asked<'a>> {
+    let ranked = |label: &str| {
+        part.options.rank.is_some() || sources.iter().any(|s| s.label == label && s.kind != "checkpoints")
+    };
+    let measured = matrices.iter().map(|m| Asked { label: &m.label, name: &m.name, ranked: m.r.is_some() });
+    let broken = skipped.iter().filter(|s| s.reason == Reason::NonFinite);
+    measured.chain(broken.map(|s| Asked { label: &s.label, name: &s.name, ranked: ranked(&s.label) })).collect()
+}
