@@ -13,7 +13,7 @@ pub use dtype::Dtype;
 pub use file::{MappedFile, Tensor, TensorFile};
 pub use index::{INDEX_NAME, Index};
 pub use select::{Filter, natural_key};
-pub use writer::{TensorSpec, Writer};
+pub use writer::{FileSpecs, TensorSpec, Writer};
 
 use crate::error::{Error, Result};
 use std::{

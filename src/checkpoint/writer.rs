@@ -37,6 +37,9 @@ impl TensorSpec {
     }
 }
 
+/// A file of a model: its name and its tensors.
+pub type FileSpecs<'a> = (String, Vec<&'a TensorSpec>);
+
 /// Writes `model.safetensors`, or shards and their index, into a folder. It holds no tensor: bytes go straight to the
 /// files. Put it inside a [`crate::staged::StagedDir`]; [`Writer::finish`] checks that every byte has arrived.
 pub struct Writer {
@@ -66,24 +69,36 @@ impl Writer {
         metadata: &BTreeMap<String, String>,
     ) -> Result<Writer> {
         let files = Self::files(specs, max_shard_size);
-        let mut writer = Writer { shards: Vec::new(), places: HashMap::new() };
-        let mut index = Index::default();
-        for (name, group) in &files {
-            writer.add_file(folder.join(name), group, metadata)?;
-            index.weight_map.extend(group.iter().map(|s| (s.name.clone(), name.clone())));
-        }
-        if files.len() > 1 {
-            let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
-            index.metadata.insert("total_size".into(), total.into());
-            let path = folder.join(INDEX_NAME);
-            let json = serde_json::to_vec_pretty(&index).map_err(|e| Error::world(e.to_string()))?;
-            std::fs::write(&path, json).map_err(|e| Error::io("write", &path, e))?;
-        }
+        let writer = Self::create_files(folder, &files, metadata)?;
+        Self::write_index(folder, &files)?;
         Ok(writer)
     }
 
+    /// Creates these files in `folder`, some or all of those of a model, without their index.
+    pub fn create_files(folder: &Path, files: &[FileSpecs], metadata: &BTreeMap<String, String>) -> Result<Writer> {
+        let mut writer = Writer { shards: Vec::new(), places: HashMap::new() };
+        files.iter().try_for_each(|(name, group)| writer.add_file(folder.join(name), group, metadata))?;
+        Ok(writer)
+    }
+
+    /// Writes the index of a model with these files, if there are several.
+    pub fn write_index(folder: &Path, files: &[FileSpecs]) -> Result<()> {
+        if files.len() <= 1 {
+            return Ok(());
+        }
+        let mut index = Index::default();
+        for (name, group) in files {
+            index.weight_map.extend(group.iter().map(|s| (s.name.clone(), name.clone())));
+        }
+        let total: u64 = files.iter().flat_map(|(_, group)| group).map(|s| s.bytes()).sum();
+        index.metadata.insert("total_size".into(), total.into());
+        let path = folder.join(INDEX_NAME);
+        let json = serde_json::to_vec_pretty(&index).map_err(|e| Error::world(e.to_string()))?;
+        std::fs::write(&path, json).map_err(|e| Error::io("write", &path, e))
+    }
+
     /// The files that [`Writer::create`] makes: their names and tensors.
-    pub fn files(specs: &[TensorSpec], max_shard_size: u64) -> Vec<(String, Vec<&TensorSpec>)> {
+    pub fn files(specs: &[TensorSpec], max_shard_size: u64) -> Vec<FileSpecs<'_>> {
         let groups = group_by_size(specs, max_shard_size);
         let count = groups.len();
         let name_of = |i: usize| match count {

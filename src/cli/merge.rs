@@ -7,6 +7,7 @@ use crate::{
     merge::{self, Options, Rounding},
     progress::Progress,
     report::{self, Format, units},
+    shard::Shard,
 };
 use std::path::{Path, PathBuf};
 
@@ -23,7 +24,9 @@ use std::path::{Path, PathBuf};
   relora-kit merge --base llama --adapter my-lora --rounding stochastic --seed 1 -o merged
   relora-kit merge --base merged --adapter my-lora=-1 -o without
   relora-kit merge --base llama --adapter my-lora -o merged --dry-run --format json
-  relora-kit merge --base llama --dtype bf16 --max-shard-size 2GB -o llama-bf16")]
+  relora-kit merge --base llama --dtype bf16 --max-shard-size 2GB -o llama-bf16
+  relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --shard 3/8
+  relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --combine")]
 pub struct Args {
     /// The checkpoint that deltas are added to: a folder or a .safetensors file
     #[arg(long, value_name = "CKPT")]
@@ -46,6 +49,12 @@ pub struct Args {
     /// A new file begins before it would exceed this size
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
+    /// Write the I-th of N shares of the output's files into OUT.parts, for --combine
+    #[arg(long, value_name = "I/N", conflicts_with_all = ["dry_run", "combine"], help_heading = "Job arrays")]
+    shard: Option<Shard>,
+    /// Make the output of all parts that --shard wrote with the same options
+    #[arg(long, conflicts_with = "dry_run", help_heading = "Job arrays")]
+    combine: bool,
     /// Plan and check everything, but write nothing
     #[arg(long)]
     dry_run: bool,
@@ -104,7 +113,11 @@ impl Args {
             force: self.force,
             dry_run: self.dry_run,
         };
-        let result = merge::run(&options, progress)?;
+        let result = match self.shard {
+            Some(shard) => merge::run_shard(&options, shard, progress)?,
+            None if self.combine => merge::combine(&options, progress)?,
+            None => merge::run(&options, progress)?,
+        };
         report::emit(&result, self.format, None, false)?;
         Ok(Outcome::Yes)
     }

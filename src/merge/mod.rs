@@ -11,6 +11,7 @@ mod matcher;
 mod names;
 mod own_factors;
 mod parameters;
+mod part;
 mod plan;
 mod prepared;
 mod refuse;
@@ -30,6 +31,7 @@ use crate::{
     checkpoint::{Checkpoint, Dtype, Writer},
     error::{Error, Result},
     progress::Progress,
+    shard::Shard,
     staged::{self, StagedDir},
 };
 use std::{
@@ -74,7 +76,9 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     if options.dry_run {
-        let mut report = result::report(options, &plan, &[]);
+        let specs = plan.specs();
+        let files = Writer::files(&specs, options.max_shard_size);
+        let mut report = result::report(options, &plan, &files, &[]);
         report.estimate = Some(Estimate::new(&plan, options.rounding)?);
         return Ok(report);
     }
@@ -82,14 +86,35 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     if let Some(folder) = base.folder() {
         companions::copy(folder, staged.path(), &plan.config)?;
     }
-    let specs: Vec<_> = plan.outputs.iter().map(|o| o.spec.clone()).collect();
+    let specs = plan.specs();
     let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options))?;
     let measured = stream::run(&plan, options.rounding, &writer, progress)?;
-    let mut report = result::report(options, &plan, &measured);
+    let files = Writer::files(&specs, options.max_shard_size);
+    let mut report = result::report(options, &plan, &files, &measured);
     explain_losses(&mut report, &plan, progress)?;
     writer.finish()?;
     staged.commit()?;
     Ok(report)
+}
+
+/// Merges one job's share of the output's files into `OUT.parts/I-of-N/`, which is complete or absent. The report covers
+/// the tensors of these files. [`combine`] makes the output when all jobs are done.
+pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result<MergeReport> {
+    staged::refuse_existing(&options.output, options.force)?;
+    let base = Checkpoint::open(&options.base)?;
+    let adapters = open_adapters(&options.adapters)?;
+    let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
+    plan.warnings.iter().for_each(|w| progress.warn(w));
+    part::run(shard, options, (&base, &adapters), plan, progress)
+}
+
+/// Makes the output of all parts that [`run_shard`] wrote with the same options: the bytes that [`run`] writes.
+pub fn combine(options: &Options, progress: &Progress) -> Result<MergeReport> {
+    staged::refuse_existing(&options.output, options.force)?;
+    let base = Checkpoint::open(&options.base)?;
+    let adapters = open_adapters(&options.adapters)?;
+    let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
+    part::combine(options, (&base, &adapters), &plan, progress)
 }
 
 fn open_adapters(paths: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {

@@ -109,6 +109,11 @@ impl<'a> Output<'a> {
 }
 
 impl<'a> Plan<'a> {
+    /// What the output's tensors will look like.
+    pub(super) fn specs(&self) -> Vec<TensorSpec> {
+        self.outputs.iter().map(|o| o.spec.clone()).collect()
+    }
+
     /// Matches every tensor of every adapter with its target in `base`.
     pub(super) fn new(base: &'a Checkpoint, adapters: &'a [(Adapter, f64)], to: Option<Dtype>) -> Result<Plan<'a>> {
         let mut matcher = Matcher::new(base, to)?;

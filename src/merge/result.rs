@@ -5,7 +5,7 @@ use super::{
     apply::Sums,
     plan::{Output, Plan, Term},
 };
-use crate::checkpoint::{Dtype, TensorSpec, Writer};
+use crate::checkpoint::{Dtype, FileSpecs};
 use serde::Serialize;
 use std::{collections::HashMap, path::PathBuf};
 
@@ -167,10 +167,8 @@ fn action(output: &Output) -> Action {
     }
 }
 
-/// Describes a plan, and with the sums of its tensors its outcome.
-pub(super) fn report(options: &Options, plan: &Plan, sums: &[Sums]) -> MergeReport {
-    let specs: Vec<TensorSpec> = plan.outputs.iter().map(|o| o.spec.clone()).collect();
-    let layout = Writer::files(&specs, options.max_shard_size);
+/// Describes a plan and the files of its tensors, and with the sums of the tensors its outcome.
+pub(super) fn report(options: &Options, plan: &Plan, layout: &[FileSpecs], sums: &[Sums]) -> MergeReport {
     let file_of: HashMap<&str, usize> =
         layout.iter().enumerate().flat_map(|(i, (_, specs))| specs.iter().map(move |s| (s.name.as_str(), i))).collect();
     let mut files: Vec<OutputFile> = layout
