@@ -44,6 +44,22 @@ pub fn refused<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>, cod
     stderr
 }
 
+/// Runs a shell script while a disk of `size` is mounted at `place`, which is created; returns stdout and stderr, or `None`
+/// where that is not permitted.
+pub fn on_small_disk(place: &Path, size: &str, script: &str) -> Option<(String, String)> {
+    std::fs::create_dir(place).unwrap();
+    // A mount namespace of its own: the disk is gone when the shell ends, whatever happens.
+    let script = format!("mount -t tmpfs -o size={size} tmpfs {place:?} || exit 77\n{script}");
+    let output =
+        std::process::Command::new("unshare").args(["--map-root-user", "--mount", "sh", "-c", &script]).output();
+    let Some(output) = output.ok().filter(|o| o.status.success()) else {
+        println!("skipped: mounting a tmpfs in a namespace is not permitted here");
+        return None;
+    };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Some((text(&output.stdout), text(&output.stderr)))
+}
+
 /// Names in a folder, sorted; what an interrupted command must not leave behind shows here.
 pub fn entries(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
