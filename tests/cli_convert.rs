@@ -174,6 +174,8 @@ fn pickled_shards_become_the_model_that_was_saved() {
     let copied = fs::read(output.join("config.json")).unwrap();
     assert_eq!(copied, fs::read(fixture("tiny_llama_bin/config.json")).unwrap());
     assert_eq!(entries(&output), ["config.json", "model.safetensors"]);
+    let metadata = found.files()[0].metadata();
+    assert_eq!(metadata["converted_from"], "tiny_llama_bin", "no path of this machine");
 }
 
 #[test]

@@ -112,7 +112,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ConvertReport> {
         // What `transformers` insists on.
         ("format".to_owned(), "pt".to_owned()),
         ("converted_by".to_owned(), concat!("relora-kit ", env!("CARGO_PKG_VERSION")).to_owned()),
-        ("converted_from".to_owned(), options.input.display().to_string()),
+        ("converted_from".to_owned(), name_of(&options.input)),
     ]);
     let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata)?;
     stream(&*source, &writer, progress)?;
@@ -120,6 +120,14 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ConvertReport> {
     writer.finish()?;
     staged.commit()?;
     Ok(report)
+}
+
+/// The last part of a path: the output must not tell where on this machine its input lay.
+fn name_of(path: &Path) -> String {
+    // `.` and `..` have none.
+    let whole = path.file_name().is_none().then(|| path.canonicalize().ok()).flatten();
+    let name = whole.as_deref().unwrap_or(path).file_name();
+    name.unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn open(options: &Options) -> Result<Box<dyn Source>> {
