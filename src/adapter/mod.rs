@@ -36,6 +36,21 @@ pub struct Adapter {
     parts: BTreeMap<String, BTreeMap<Part, usize>>,
 }
 
+/// Whether a folder is an adapter: it holds a configuration and tensors.
+pub fn is_adapter(folder: &Path) -> bool {
+    let has = |name| folder.join(name).exists();
+    has(config::CONFIG_NAME) && (has(ADAPTER_NAME) || has(bin::BIN_NAME))
+}
+
+/// The tensors of an adapter's folder as they are stored, unchecked: in safetensors, or pickled by older versions of PEFT.
+pub fn open_tensors(folder: &Path) -> Result<TensorFile> {
+    let (tensors, pickled) = (folder.join(ADAPTER_NAME), folder.join(bin::BIN_NAME));
+    match !tensors.exists() && pickled.exists() {
+        true => bin::open(&pickled),
+        false => TensorFile::open(&tensors),
+    }
+}
+
 impl Adapter {
     /// Opens a PEFT folder and checks that its tensors fit each other and the configuration.
     pub fn open(path: &Path) -> Result<Adapter> {
@@ -47,11 +62,7 @@ impl Adapter {
                 config.peft_type
             )));
         }
-        let (tensors, pickled) = (path.join(ADAPTER_NAME), path.join(bin::BIN_NAME));
-        let file = match !tensors.exists() && pickled.exists() {
-            true => bin::open(&pickled)?,
-            false => TensorFile::open(&tensors)?,
-        };
+        let file = open_tensors(path)?;
         let mut parts: BTreeMap<String, BTreeMap<Part, usize>> = BTreeMap::new();
         for (i, tensor) in file.tensors().enumerate() {
             let (module, part) = names::parse_key(tensor.name()).ok_or_else(|| {

@@ -6,12 +6,15 @@ pub mod dtype;
 mod file;
 pub mod header;
 mod index;
+pub(crate) mod lanes;
+mod reader;
 mod select;
 mod writer;
 
 pub use dtype::Dtype;
 pub use file::{MappedFile, Tensor, TensorFile};
 pub use index::{INDEX_NAME, Index};
+pub use reader::{READ, Reader};
 pub use select::{Filter, natural_key};
 pub use writer::{FileSpecs, TensorSpec, Writer};
 
@@ -39,6 +42,12 @@ pub fn read_text(path: &Path) -> Result<Vec<u8>> {
 
 /// The name Hugging Face gives a model in one file.
 pub const MODEL_NAME: &str = "model.safetensors";
+
+/// The output head of causal models. Where the embedding is the head, too, no tensor of this name is stored.
+pub const HEAD_NAME: &str = "lm_head.weight";
+
+/// The input embedding of LLaMA.
+pub const EMBEDDING_NAME: &str = "model.embed_tokens.weight";
 
 /// A checkpoint: tensor name -> view, over all its files.
 pub struct Checkpoint {

@@ -1,12 +1,16 @@
 //! How two checkpoints differ: names, shapes, types, and the values of every tensor that both have.
 
 mod compare;
+mod sums;
+#[cfg(target_arch = "x86_64")]
+mod vectors;
 
 pub use compare::Difference;
 
+use self::sums::Tolerance;
 use crate::{
-    adapter::{ADAPTER_NAME, config::CONFIG_NAME},
-    checkpoint::{Checkpoint, Dtype, Filter, Tensor, TensorFile, dtype, natural_key},
+    adapter,
+    checkpoint::{Checkpoint, Dtype, Filter, Tensor, dtype, natural_key},
     error::{Error, Result},
     progress::Progress,
 };
@@ -121,7 +125,8 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Diff> {
     names.sort_by_cached_key(|n| natural_key(n));
     let pairs: Vec<(Tensor, Tensor)> =
         names.iter().filter_map(|n| Some((a.get(n)?, b.get(n)?))).filter(|(a, b)| comparable(a, b)).collect();
-    let mut differences = compare::all(&pairs, options.atol, options.rtol, progress)?.into_iter();
+    let tolerance = Tolerance { atol: options.atol, rtol: options.rtol };
+    let mut differences = compare::all(&pairs, tolerance, progress)?.into_iter();
     let tensors: Vec<TensorDiff> = names
         .iter()
         .map(|name| {
@@ -157,9 +162,8 @@ fn comparable(a: &Tensor, b: &Tensor) -> bool {
 }
 
 fn open(path: &Path) -> Result<Checkpoint> {
-    let weights = path.join(ADAPTER_NAME);
-    if path.join(CONFIG_NAME).exists() && weights.exists() {
-        return Checkpoint::from_files(path, vec![TensorFile::open(&weights)?]);
+    if adapter::is_adapter(path) {
+        return Checkpoint::from_files(path, vec![adapter::open_tensors(path)?]);
     }
     Checkpoint::open(path)
 }

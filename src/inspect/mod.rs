@@ -1,13 +1,16 @@
 //! What is in a checkpoint or an adapter: names, shapes, dtypes, sizes; on request the values' statistics.
 
+mod moments;
 pub mod stats;
 mod tree;
+#[cfg(target_arch = "x86_64")]
+mod vectors;
 
 pub use stats::Stats;
 pub use tree::Node;
 
 use crate::{
-    adapter::{ADAPTER_NAME, AdapterConfig, config::CONFIG_NAME, names},
+    adapter::{self, AdapterConfig, config::CONFIG_NAME, names},
     checkpoint::{Checkpoint, Dtype, Filter, Tensor, TensorFile},
     error::{Error, Result},
     progress::Progress,
@@ -143,10 +146,9 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Inspection> {
 }
 
 fn open(path: &Path) -> Result<(Checkpoint, Option<AdapterSummary>)> {
-    let (config, weights) = (path.join(CONFIG_NAME), path.join(ADAPTER_NAME));
-    if config.exists() && weights.exists() {
-        let file = TensorFile::open(&weights)?;
-        let summary = AdapterSummary::of(&AdapterConfig::open(&config)?, &file);
+    if adapter::is_adapter(path) {
+        let file = adapter::open_tensors(path)?;
+        let summary = AdapterSummary::of(&AdapterConfig::open(&path.join(CONFIG_NAME))?, &file);
         return Ok((Checkpoint::from_files(path, vec![file])?, Some(summary)));
     }
     Ok((Checkpoint::open(path)?, None))
@@ -160,7 +162,8 @@ impl FileSummary {
     fn of(file: &TensorFile) -> FileSummary {
         FileSummary {
             name: file_name(file),
-            bytes: file.len(),
+            // Of an adapter that was pickled, `file` is a copy in another format.
+            bytes: file.path().metadata().map_or(file.len(), |meta| meta.len()),
             tensors: file.tensors().len(),
             metadata: file.metadata().clone(),
         }

@@ -1,13 +1,14 @@
 //! Minimum, maximum, mean, standard deviation, zeros, NaN and infinities of tensors, in one pass over their bytes.
 
+use super::moments::{self, Moments};
 use crate::{
-    checkpoint::{Dtype, Tensor, dtype},
+    checkpoint::{Dtype, READ, Reader, Tensor, dtype},
     delta::unravel,
     error::Result,
     interrupt,
     progress::Progress,
+    threads,
 };
-use rayon::prelude::*;
 use serde::Serialize;
 
 /// Statistics of the values. Minimum, maximum, mean and standard deviation are over the finite ones, and absent when
@@ -34,9 +35,12 @@ pub struct Stats {
 }
 
 /// Elements that one task reads.
-const PIECE: usize = 1 << 18;
+const PIECE: usize = 1 << 20;
 
-/// Elements that are decoded and summed together, in the first-level cache.
+/// Elements that are summed together where the processor has a loop for their type.
+const RUN: usize = 1 << 14;
+
+/// Elements that are decoded and summed together otherwise, in the first-level cache.
 const CHUNK: usize = 2048;
 
 /// Statistics of each tensor; `None` for types whose values cannot be read. All pieces of all tensors are spread over
@@ -50,56 +54,71 @@ pub(super) fn of(tensors: &[Tensor], progress: &Progress) -> Result<Vec<Option<S
         .flat_map(|(i, t)| (0..t.elements()).step_by(PIECE).map(move |first| (i, first)))
         .collect();
     let bar = progress.bytes("reading", tensors.iter().map(|t| t.bytes().len() as u64).sum());
-    let moments: Result<Vec<Moments>> = pieces
-        .par_iter()
-        .map_init(Scratch::default, |scratch, &(i, first)| {
-            interrupt::check()?;
-            let count = PIECE.min(tensors[i].elements() - first);
-            let moments = scratch.moments(&tensors[i], first, count)?;
-            bar.inc((count * tensors[i].dtype().bitsize() / 8) as u64);
-            Ok(moments)
-        })
-        .collect();
+    let moments = threads::spread(pieces.len(), Scratch::default, |scratch, piece| {
+        interrupt::check()?;
+        let (i, first) = pieces[piece];
+        let count = PIECE.min(tensors[i].elements() - first);
+        let moments = scratch.moments(&tensors[i], first, count)?;
+        bar.inc((count * tensors[i].dtype().bitsize() / 8) as u64);
+        Ok(moments)
+    });
     bar.finish_and_clear();
     let mut totals: Vec<Option<Moments>> = tensors.iter().map(|t| known(t).then(Moments::default)).collect();
     for (&(i, _), part) in pieces.iter().zip(moments?) {
         totals[i] = totals[i].take().map(|total| total.and(part));
     }
-    Ok(totals.into_iter().zip(tensors).map(|(total, t)| Some(total?.finish(t))).collect())
+    Ok(totals.into_iter().zip(tensors).map(|(total, t)| Some(Stats::new(&total?, t))).collect())
 }
 
 /// Buffers of one thread.
 #[derive(Default)]
 struct Scratch {
+    reader: Reader,
     single: Vec<f32>,
     double: Vec<f64>,
 }
 
 impl Scratch {
     fn moments(&mut self, tensor: &Tensor, first: usize, count: usize) -> Result<Moments> {
-        let size = tensor.dtype().bitsize() / 8;
-        let bytes = &tensor.bytes()[first * size..(first + count) * size];
+        let dtype = tensor.dtype();
+        let size = dtype.bitsize() / 8;
+        let (begin, end) = (first * size, (first + count) * size);
         let mut all = Moments::default();
-        for (i, bytes) in bytes.chunks(CHUNK * size).enumerate() {
-            let (at, n) = (first + i * CHUNK, bytes.len() / size);
-            all = all.and(match tensor.dtype() {
-                Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
-                    self.single.resize(n, 0.0);
-                    dtype::decode_f32(tensor.dtype(), bytes, &mut self.single)?;
-                    Moments::of(&self.single, at)
-                }
-                other => {
-                    self.double.resize(n, 0.0);
-                    match other {
-                        Dtype::F64 => dtype::decode_f64(other, bytes, &mut self.double)?,
-                        _ => decode_integers(other, bytes, &mut self.double),
-                    }
-                    Moments::of(&self.double, at)
-                }
-            });
+        for at in (begin..end).step_by(READ) {
+            let bytes = self.reader.read(tensor, at..end.min(at + READ))?;
+            for (i, run) in bytes.chunks(RUN * size).enumerate() {
+                all = all.and(match moments::of_stored(dtype, run) {
+                    Some(moments) => moments,
+                    None => decoded(dtype, run, at / size + i * RUN, &mut self.single, &mut self.double)?,
+                });
+            }
         }
         Ok(all)
     }
+}
+
+fn decoded(dtype: Dtype, bytes: &[u8], first: usize, single: &mut Vec<f32>, double: &mut Vec<f64>) -> Result<Moments> {
+    let size = dtype.bitsize() / 8;
+    let mut all = Moments::default();
+    for (i, bytes) in bytes.chunks(CHUNK * size).enumerate() {
+        let (at, n) = (first + i * CHUNK, bytes.len() / size);
+        all = all.and(match dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
+                single.resize(n, 0.0);
+                dtype::decode_f32(dtype, bytes, single)?;
+                Moments::of(single, at)
+            }
+            other => {
+                double.resize(n, 0.0);
+                match other {
+                    Dtype::F64 => dtype::decode_f64(other, bytes, double)?,
+                    _ => decode_integers(other, bytes, double),
+                }
+                Moments::of(double, at)
+            }
+        });
+    }
+    Ok(all)
 }
 
 fn is_integer(dtype: Dtype) -> bool {
@@ -123,188 +142,18 @@ fn decode_integers(dtype: Dtype, bytes: &[u8], out: &mut [f64]) {
     decode!(BOOL u8, U8 u8, I8 i8, U16 u16, I16 i16, U32 u32, I32 i32, U64 u64, I64 i64);
 }
 
-/// Sums of some elements, which combine in order.
-#[derive(Clone, Debug, PartialEq)]
-struct Moments {
-    min: f64,
-    max: f64,
-    finite: u64,
-    mean: f64,
-    /// Sum of squared distances to the mean.
-    squares: f64,
-    zeros: u64,
-    nan: u64,
-    inf: u64,
-    first_non_finite: Option<usize>,
-}
-
-impl Default for Moments {
-    fn default() -> Self {
-        Moments {
-            min: f64::INFINITY,
-            max: f64::NEG_INFINITY,
-            finite: 0,
-            mean: 0.0,
-            squares: 0.0,
-            zeros: 0,
-            nan: 0,
-            inf: 0,
-            first_non_finite: None,
-        }
-    }
-}
-
-impl Moments {
-    /// Of a few thousand values, the first of which has the flat index `first`.
-    fn of<T: Value>(values: &[T], first: usize) -> Moments {
-        let fast = Moments::of_finite(values);
-        if fast.mean.is_finite() && fast.squares.is_finite() {
-            return fast;
-        }
-        let is_finite = |v: &T| (*v).into().is_finite();
-        let finite: Vec<T> = values.iter().copied().filter(is_finite).collect();
-        let nan = values.iter().filter(|v| (**v).into().is_nan()).count() as u64;
-        Moments {
-            nan,
-            inf: (values.len() - finite.len()) as u64 - nan,
-            first_non_finite: values.iter().position(|v| !is_finite(v)).map(|i| first + i),
-            ..Moments::of_finite(&finite)
-        }
-    }
-
-    /// Sums of distances to the first value: values that lie close together far from zero keep all their digits.
-    fn of_finite<T: Value>(values: &[T]) -> Moments {
-        let Some(&pivot) = values.first() else { return Moments::default() };
-        let (n, pivot) = (values.len() as f64, pivot.into());
-        let (min, max, zeros) = extremes(values);
-        let (sum, squares) = sums_about(values, pivot);
-        Moments {
-            min,
-            max,
-            finite: values.len() as u64,
-            mean: pivot + sum / n,
-            squares: (squares - sum * sum / n).max(if squares.is_nan() { f64::NAN } else { 0.0 }),
-            zeros,
-            ..Moments::default()
-        }
-    }
-
-    /// The rule of Chan, Golub and LeVeque (1983) for means and sums of squares.
-    fn and(self, b: Moments) -> Moments {
-        let n = self.finite + b.finite;
-        let (share, gap) = (b.finite as f64 / n.max(1) as f64, b.mean - self.mean);
-        Moments {
-            min: self.min.min(b.min),
-            max: self.max.max(b.max),
-            finite: n,
-            mean: self.mean + gap * share,
-            squares: self.squares + b.squares + gap * gap * self.finite as f64 * share,
-            zeros: self.zeros + b.zeros,
-            nan: self.nan + b.nan,
-            inf: self.inf + b.inf,
-            first_non_finite: self.first_non_finite.or(b.first_non_finite),
-        }
-    }
-
-    fn finish(self, tensor: &Tensor) -> Stats {
-        let any = |x: f64| (self.finite > 0).then_some(x);
+impl Stats {
+    fn new(moments: &Moments, tensor: &Tensor) -> Stats {
+        let any = |x: f64| (moments.finite > 0).then_some(x);
         Stats {
-            min: any(self.min),
-            max: any(self.max),
-            mean: any(self.mean),
-            std: any((self.squares / self.finite.max(1) as f64).sqrt()),
-            zeros: self.zeros,
-            nan: self.nan,
-            inf: self.inf,
-            first_non_finite: self.first_non_finite.map(|i| unravel(i, tensor.shape())),
+            min: any(moments.min),
+            max: any(moments.max),
+            mean: any(moments.mean),
+            std: any((moments.squares / moments.finite.max(1) as f64).sqrt()),
+            zeros: moments.zeros,
+            nan: moments.nan,
+            inf: moments.inf,
+            first_non_finite: moments.first_non_finite.map(|i| unravel(i, tensor.shape())),
         }
-    }
-}
-
-/// f32 (holds every F16 and BF16) and f64.
-trait Value: Copy + PartialOrd + Into<f64> + Default {}
-
-impl Value for f32 {}
-
-impl Value for f64 {}
-
-/// Independent partial sums. The compiler turns loops over this many lanes and few accumulators into vectors; with 16
-/// lanes, or with all sums in one loop, it unrolls them into scalar code at the highest optimisation level.
-const LANES: usize = 32;
-
-/// Smallest, largest, and how many are 0. `values` is not empty.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn extremes<T: Value>(values: &[T]) -> (f64, f64, u64) {
-    let (mut min, mut max, mut zeros) = ([values[0]; LANES], [values[0]; LANES], [0u32; LANES]);
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for x in chunks {
-        for i in 0..LANES {
-            min[i] = if x[i] < min[i] { x[i] } else { min[i] };
-            max[i] = if x[i] > max[i] { x[i] } else { max[i] };
-            zeros[i] = zeros[i].wrapping_add(u32::from(x[i] == T::default()));
-        }
-    }
-    let ends = min.iter().chain(&max).chain(rest).map(|&x| x.into());
-    let (low, high) = ends.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x: f64| (l.min(x), h.max(x)));
-    let rest = rest.iter().filter(|&&x| x == T::default()).count() as u64;
-    (low, high, zeros.iter().map(|&n| u64::from(n)).sum::<u64>() + rest)
-}
-
-/// Sums of `x - pivot` and of its square.
-#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
-fn sums_about<T: Value>(values: &[T], pivot: f64) -> (f64, f64) {
-    let (mut sum, mut squares) = ([0f64; LANES], [0f64; LANES]);
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for x in chunks {
-        for i in 0..LANES {
-            let d = x[i].into() - pivot;
-            sum[i] += d;
-            squares[i] += d * d;
-        }
-    }
-    let rest = || rest.iter().map(|&x| x.into() - pivot);
-    (sum.into_iter().chain(rest()).sum(), squares.into_iter().chain(rest().map(|d| d * d)).sum())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_combine_to_the_moments_of_the_whole() {
-        let values: Vec<f64> = (0..1000).map(|i| f64::from(i % 37) - 5.0).collect();
-        let whole = Moments::of(&values, 0);
-        let parts = values.chunks(111).fold(Moments::default(), |all, part| all.and(Moments::of(part, 0)));
-        let mean = values.iter().sum::<f64>() / 1000.0;
-        let squares: f64 = values.iter().map(|x| (x - mean).powi(2)).sum();
-        for m in [&whole, &parts] {
-            assert!((m.mean - mean).abs() < 1e-12 && (m.squares / squares - 1.0).abs() < 1e-12);
-            assert_eq!((m.min, m.max, m.zeros, m.finite), (-5.0, 31.0, 27, 1000));
-        }
-    }
-
-    #[test]
-    fn values_far_from_zero_keep_their_spread() {
-        let values: Vec<f32> = (0..999).map(|i| 4096.0 + (i % 3) as f32 / 1024.0).collect();
-        let m = Moments::of(&values, 0);
-        assert!((m.squares / 999.0 - 2.0 / 3.0 / 1024f64.powi(2)).abs() < 1e-15);
-    }
-
-    #[test]
-    fn values_that_are_not_finite_are_counted_and_left_out() {
-        for first in [1.0, f32::NAN] {
-            let m = Moments::of(&[first, f32::NAN, 3.0, f32::NEG_INFINITY, 1.0], 10);
-            let nan = if first.is_nan() { 2 } else { 1 };
-            assert_eq!((m.nan, m.inf, m.first_non_finite), (nan, 1, Some(12 - nan as usize)));
-            assert_eq!((m.finite, m.min, m.max), (4 - nan, 1.0, 3.0));
-        }
-        let nothing = Moments::of(&[f32::INFINITY; 3], 0);
-        assert_eq!((nothing.finite, nothing.inf, nothing.mean), (0, 3, 0.0));
-    }
-
-    #[test]
-    fn huge_values_are_finite() {
-        let m = Moments::of(&[f32::MAX, -f32::MAX], 0);
-        assert_eq!((m.finite, m.inf, m.mean), (2, 0, 0.0));
     }
 }
