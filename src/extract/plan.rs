@@ -2,7 +2,7 @@
 
 use super::{Options, Size};
 use crate::{
-    checkpoint::{Checkpoint, Tensor, dtype, natural_key},
+    checkpoint::{Checkpoint, HEAD_NAME, Tensor, dtype, natural_key},
     error::{Error, Result},
 };
 use serde_json::Value;
@@ -51,9 +51,6 @@ const EMBEDDINGS_AND_HEADS: [&str; 14] = [
     "score",
     "classifier",
 ];
-
-/// The head of the models whose embedding can be it, too.
-const HEAD: &str = "lm_head.weight";
 
 /// `model.norm.weight` -> `model.norm`.
 pub(super) fn module(tensor: &str) -> &str {
@@ -176,7 +173,7 @@ impl<'a> Plan<'a> {
     pub fn tied_head(&self) -> Option<(&'static str, Tensor<'a>)> {
         let is_embedding = |t: &Tensor| ["embed_tokens", "wte"].contains(&last(module(t.name())));
         let embedding = self.rest.iter().map(|c| c.tuned).find(is_embedding).filter(|_| self.tied)?;
-        self.rest.iter().all(|c| c.tuned.name() != HEAD).then_some((HEAD, embedding))
+        self.rest.iter().all(|c| c.tuned.name() != HEAD_NAME).then_some((HEAD_NAME, embedding))
     }
 
     /// `target_modules`: the last components of the names where all modules that have them are factored, whole names

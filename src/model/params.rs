@@ -8,7 +8,7 @@ use super::{
     product::Product,
 };
 use crate::{
-    checkpoint::{Checkpoint, Tensor},
+    checkpoint::{Checkpoint, EMBEDDING_NAME, HEAD_NAME, Tensor},
     error::{Error, Result},
     interrupt,
     ops::Device,
@@ -81,7 +81,7 @@ impl<D: Device> Param<D> {
 pub(super) fn table(config: &LlamaConfig) -> Vec<(String, ParamKind, Vec<usize>)> {
     let (c, f, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let mut table = vec![("model.embed_tokens.weight".to_owned(), ParamKind::Embedding, vec![v, c])];
+    let mut table = vec![(EMBEDDING_NAME.to_owned(), ParamKind::Embedding, vec![v, c])];
     for i in 0..config.num_hidden_layers {
         let linears = [[q, c], [kv, c], [kv, c], [c, q], [f, c], [f, c], [c, f]];
         for (module, shape) in TARGETS.iter().zip(linears) {
@@ -93,7 +93,7 @@ pub(super) fn table(config: &LlamaConfig) -> Vec<(String, ParamKind, Vec<usize>)
     }
     table.push(("model.norm.weight".to_owned(), ParamKind::Norm, vec![c]));
     if !config.tie_word_embeddings {
-        table.push((HEAD.to_owned(), ParamKind::Head, vec![v, c]));
+        table.push((HEAD_NAME.to_owned(), ParamKind::Head, vec![v, c]));
     }
     table
 }
@@ -108,8 +108,6 @@ pub(super) const TARGETS: [&str; 7] = [
     "mlp.up_proj",
     "mlp.down_proj",
 ];
-
-const HEAD: &str = "lm_head.weight";
 
 /// Parameters of one block in [`table`].
 const PER_BLOCK: usize = TARGETS.len() + 2;
@@ -233,10 +231,10 @@ fn check_names(config: &LlamaConfig, checkpoint: &Checkpoint, table: &[(String, 
         ))
         .help("check that config.json belongs to these weights"));
     }
-    let embedding = checkpoint.get("model.embed_tokens.weight");
+    let embedding = checkpoint.get(EMBEDDING_NAME);
     let harmless = |tensor: &Tensor| {
         let copy_of_tied = config.tie_word_embeddings
-            && tensor.name() == HEAD
+            && tensor.name() == HEAD_NAME
             && embedding.is_some_and(|e| e.dtype() == tensor.dtype() && e.bytes() == tensor.bytes());
         copy_of_tied || tensor.name().ends_with("rotary_emb.inv_freq")
     };

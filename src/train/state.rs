@@ -11,7 +11,7 @@
 use super::{config::WeightDtype, optim::Moments, trainer::Trainer};
 use crate::{
     adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
-    checkpoint::{Checkpoint, Dtype, TensorFile, TensorSpec, Writer},
+    checkpoint::{Checkpoint, Dtype, HEAD_NAME, TensorFile, TensorSpec, Writer},
     error::{Error, Result},
     model::{Model, ParamKind},
     ops::Device,
@@ -82,9 +82,6 @@ fn add_delta<D: Device>(model: &Model<D>, name: &str, shape: &[usize], values: &
     }
 }
 
-/// Name of the head, also where it shares the embedding's values.
-const HEAD: &str = "lm_head.weight";
-
 /// Writes A and B of the current cycle as a PEFT adapter, and along with them the parameters that are trained in full, as
 /// they are at its end: the base with all cycles merged is the final checkpoint. A trained scaling goes into B, so that PEFT
 /// merges the same delta with `lora_alpha / r`.
@@ -122,7 +119,7 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
     if model.config().tie_word_embeddings {
         // PEFT looks for the head's values under its own name, too.
         let embedding = values.iter().zip(&full).find(|((p, _), _)| p.kind == ParamKind::Embedding);
-        full.extend(embedding.map(|(_, tensor)| FullTensor { name: HEAD, ..*tensor }));
+        full.extend(embedding.map(|(_, tensor)| FullTensor { name: HEAD_NAME, ..*tensor }));
         config.other.insert("ensure_weight_tying".into(), true.into());
     }
     let metadata = BTreeMap::from([(CYCLE_KEY.to_owned(), cycle.to_string())]);

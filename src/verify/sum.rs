@@ -13,7 +13,7 @@
 use super::{Findings, Mismatch};
 use crate::{
     adapter::{Adapter, Module, Part},
-    checkpoint::{Checkpoint, Dtype, Tensor, TensorFile, dtype},
+    checkpoint::{Checkpoint, Dtype, EMBEDDING_NAME, HEAD_NAME, Tensor, TensorFile, dtype},
     delta::LowRank,
     error::{Error, Result},
     progress::Progress,
@@ -119,8 +119,8 @@ fn compare_stored_in_full(cycle: &Adapter, tuned: &Checkpoint, findings: &mut Fi
             continue;
         }
         // A tied head is stored under its own name as well.
-        let tied = name == "lm_head.weight" && cycle.config().other.get("ensure_weight_tying") == Some(&true.into());
-        let held = if tied && tuned.get(name).is_none() { "model.embed_tokens.weight" } else { name };
+        let tied = name == HEAD_NAME && cycle.config().other.get("ensure_weight_tying") == Some(&true.into());
+        let held = if tied && tuned.get(name).is_none() { EMBEDDING_NAME } else { name };
         let Some(after) = tuned.get(held) else {
             findings
                 .mismatches
