@@ -51,6 +51,26 @@ fn an_adapter_folder_shows_rank_alpha_and_targets() {
 }
 
 #[test]
+fn a_pickled_adapter_is_shown_like_the_one_in_safetensors() {
+    let (pickled, plain) =
+        (json(&fixture("tiny_adapter_bin"), &["--stats"]), json(&fixture("tiny_adapter"), &["--stats"]));
+    assert_eq!(pickled["adapter"], plain["adapter"]);
+    let of = |report: &Value| {
+        let mut tensors = report["tensors"].as_array().unwrap().clone();
+        tensors.sort_by_key(|t| t["name"].to_string());
+        tensors.iter().map(|t| (t["name"].clone(), t["shape"].clone(), t["stats"].clone())).collect::<Vec<_>>()
+    };
+    assert_eq!(of(&pickled), of(&plain));
+    let file = &pickled["files"][0];
+    let stored = fixture("tiny_adapter_bin").join("adapter_model.bin");
+    assert_eq!(
+        (&file["name"], file["bytes"].as_u64()),
+        (&"adapter_model.bin".into(), Some(stored.metadata().unwrap().len()))
+    );
+    refused(["inspect".as_ref(), stored.as_os_str()], 2, &["not a valid safetensors file", "relora-kit convert"]);
+}
+
+#[test]
 fn stats_of_every_type_are_those_of_the_values() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.safetensors");

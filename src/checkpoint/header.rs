@@ -44,8 +44,7 @@ impl Header {
     /// Parses and checks the header of a file whose whole content is `bytes`.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Header> {
         let bad = |what: String| {
-            Error::request(format!("'{}' is not a valid safetensors file: {what}", path.display()))
-                .help("download or write the file again")
+            Error::request(format!("'{}' is not a valid safetensors file: {what}", path.display())).help(remedy(bytes))
         };
         let file_len = bytes.len() as u64;
         let Some(prefix) = bytes.first_chunk::<8>() else {
@@ -69,6 +68,17 @@ impl Header {
         tensors.sort_by_key(|t| (t.begin, t.end));
         check_layout(&tensors, data_start, file_len).map_err(bad)?;
         Ok(Header { tensors, metadata: raw.metadata })
+    }
+}
+
+/// Other formats are told by their first bytes.
+fn remedy(bytes: &[u8]) -> &'static str {
+    match bytes {
+        [b'P', b'K', 3, 4, ..] | [0x80, 2, ..] => {
+            "it looks like a PyTorch file: name the folder if it is an adapter's, else run `relora-kit convert` first"
+        }
+        [b'G', b'G', b'U', b'F', ..] => "it is a GGUF file: run `relora-kit convert` first",
+        _ => "download or write the file again",
     }
 }
 
