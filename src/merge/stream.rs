@@ -52,7 +52,7 @@ pub(super) fn run(plan: &Plan, rounding: Rounding, writer: &Writer, progress: &P
     let job = Job { plan, rounding, pieces, states, writer, next: AtomicUsize::new(0), bar };
     let (written, behind) = channel();
     std::thread::scope(|scope| {
-        let write_back = scope.spawn(|| write_back(writer, behind));
+        let write_back = scope.spawn(|| write_back(behind, || writer.sync()).inspect_err(|_| job.stop()));
         let workers = (0..threads::count()).into_par_iter().with_max_len(1);
         let work = threads::with_serial_blas(|| workers.try_for_each_with(written, |written, _| job.work(written)));
         let write_back = write_back.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -62,12 +62,12 @@ pub(super) fn run(plan: &Plan, rounding: Rounding, writer: &Writer, progress: &P
     Ok(job.states.into_iter().map(|s| s.sums.into_inner().unwrap_or_default()).collect())
 }
 
-fn write_back(writer: &Writer, written: Receiver<u64>) -> Result<()> {
+fn write_back(written: Receiver<u64>, mut sync: impl FnMut() -> Result<()>) -> Result<()> {
     let mut pending = 0;
     for bytes in written {
         pending += bytes;
         if pending >= WRITE_BACK {
-            writer.sync()?;
+            sync()?;
             pending = 0;
         }
     }
@@ -126,6 +126,11 @@ impl State {
 }
 
 impl Job<'_, '_> {
+    /// Every worker ends before its next piece.
+    fn stop(&self) {
+        self.next.store(self.pieces.len(), Ordering::Relaxed);
+    }
+
     fn work(&self, written: &Sender<u64>) -> Result<()> {
         let (mut single, mut double) = (Scratch::<f32>::new(), Scratch::<f64>::new());
         while let Some((i, piece)) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
@@ -138,13 +143,9 @@ impl Job<'_, '_> {
                 }
                 Piece::Rows(rows) => self.compute(output, rows, state, &state.single, &mut single),
             };
-            // The others stop at their next piece.
-            if result.is_err() {
-                self.next.store(self.pieces.len(), Ordering::Relaxed);
-            }
-            let bytes = result?;
+            let bytes = result.inspect_err(|_| self.stop())?;
             self.bar.inc(bytes);
-            // The receiver ends early only with an error of its own, which `run` returns.
+            // The receiver ends early only with an error of its own, which stops the workers and which `run` returns.
             let _ = written.send(bytes);
             if state.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 lock(&state.single).take();
@@ -206,4 +207,25 @@ fn copy(output: &Output, bytes: Range<u64>, writer: &Writer) -> Result<u64> {
         std::os::unix::fs::FileExt::write_all_at(file, rest, at + done).map_err(|e| Error::io("write", path, e))?;
     }
     Ok(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_synced_in_portions_until_that_fails() {
+        let syncs = |fail_at: usize| {
+            let (written, behind) = channel();
+            (0..9).for_each(|_| written.send(WRITE_BACK / 2).unwrap());
+            drop(written);
+            let mut syncs = 0;
+            let result = write_back(behind, || {
+                syncs += 1;
+                if syncs == fail_at { Err(Error::world("the disk is gone")) } else { Ok(()) }
+            });
+            (syncs, result.is_err())
+        };
+        assert_eq!((syncs(100), syncs(3)), ((4, false), (3, true)));
+    }
 }
