@@ -121,6 +121,11 @@ fn a_model_warmed_up_before_goes_on_with_its_counters() {
     let (code, stdout, stderr) = run(["verify".as_ref(), small.path("two").as_os_str()]);
     assert_eq!(code, 0, "{stdout}{stderr}");
 
+    // 30 of the 40 updates are left for the schedule: known only once the model's training state has been read.
+    trained(&small, "cosine", &["train.scheduler=cosine", "train.cycle_length=30"], &[]);
+    let (code, _, stderr) = train(&small, "no", &["train.scheduler=cosine", "train.cycle_length=20"], &[]);
+    assert!(code == 2 && stderr.contains("the schedule spans 30 updates"), "{stderr}");
+
     fs::remove_dir_all(warmed.join("training_state")).unwrap();
     let (code, _, stderr) = train(&small, "three", &["train.num_training_steps=20"], &[]);
     assert_eq!(code, 0, "{stderr}");

@@ -72,10 +72,13 @@ pub(super) fn resolve_warm_up(config: &mut Config, progress: &Progress) -> Resul
                 m.warmed_up_steps = Some(counts.step);
                 m.warmed_up_tokens = m.warmed_up_tokens.or(Some(counts.tokens));
             }
-            None => progress.warn(&format!(
-                "'{}' has no training state; updates and tokens count from 0 (see [model] warmed_up_steps)",
-                folder.display()
-            )),
+            None => {
+                m.warmed_up_steps = Some(0);
+                progress.warn(&format!(
+                    "'{}' has no training state; updates and tokens count from 0 (see [model] warmed_up_steps)",
+                    folder.display()
+                ));
+            }
         }
     }
     config.check()

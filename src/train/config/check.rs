@@ -4,10 +4,14 @@ use super::{Config, Mode};
 use crate::error::{Error, Result};
 
 impl Config {
-    /// Refuses settings that contradict each other.
+    /// Refuses settings that contradict each other. Where the schedule of a `warmed_up_model` begins must be known before it
+    /// can be checked.
     pub fn check(&self) -> Result<()> {
         self.check_ranges()?;
         self.check_relora()?;
+        if self.model.warmed_up_model.is_some() && self.model.warmed_up_steps.is_none() {
+            return Ok(());
+        }
         for phase in self.phases() {
             phase.schedule.check()?;
         }
