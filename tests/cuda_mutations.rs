@@ -156,8 +156,8 @@ const MUTATIONS: [Mutation; 18] = [
     Mutation {
         what: "another random stream",
         file: "dropout.cu",
-        from: "x ^= x >> 15;",
-        to: "x ^= x >> 14;",
+        from: "k1 += 0xbb67ae85u;",
+        to: "k1 += 0xbb67ae84u;",
         test: "dropout_drops_what_the_cpu_drops",
         says: "instead of",
     },

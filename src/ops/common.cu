@@ -59,15 +59,32 @@ __device__ __forceinline__ float block_max(float x) {
     return top;
 }
 
-// Two rounds of lowbias32, one half of the key before each: `hash` of dropout.rs.
-__device__ __forceinline__ u32 lowbias32(u32 x) {
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ (x >> 16);
+// Four words of Philox4x32-10 (Salmon et al., SC 2011): philox.rs has the same generator and the same use of its words.
+struct Words {
+    u32 word[4];
+};
+
+__device__ __forceinline__ Words philox(u64 counter, u64 key) {
+    u32 c0 = (u32)counter, c1 = (u32)(counter >> 32), c2 = 0, c3 = 0;
+    u32 k0 = (u32)key, k1 = (u32)(key >> 32);
+    for (int round = 0; round < 10; round++) {
+        u64 a = (u64)c0 * 0xd2511f53u, b = (u64)c2 * 0xcd9e8d57u;
+        c0 = (u32)(b >> 32) ^ c1 ^ k0;
+        c1 = (u32)b;
+        c2 = (u32)(a >> 32) ^ c3 ^ k1;
+        c3 = (u32)a;
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    return {{c0, c1, c2, c3}};
 }
 
-__device__ __forceinline__ u32 hash(u32 i, u64 key) {
-    return lowbias32(lowbias32(i + (u32)key) ^ (u32)(key >> 32));
+// Counters that serve n elements.
+__device__ __forceinline__ u64 counters_for(u64 n) {
+    return (n + 63) / 64 * 16;
+}
+
+// The element that a word of a counter is for.
+__device__ __forceinline__ u64 element_of(u64 counter, int word) {
+    return counter / 16 * 64 + 16 * word + counter % 16;
 }

@@ -1,7 +1,10 @@
 //! Dropout whose mask is a function of a key and the element's index: the same in forward, in a forward that is run
 //! again, in backward and after a resume, on any number of threads, and never stored.
 
-use super::elementwise::BLOCK;
+use super::{
+    elementwise::BLOCK,
+    philox::{RUN, run_bits},
+};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -21,7 +24,7 @@ impl Dropout {
         Dropout { key: mixed ^ (mixed >> 29), ..self }
     }
 
-    /// Elements whose hash is below are dropped.
+    /// Elements whose random bits are below are dropped.
     pub(super) fn threshold(self) -> u32 {
         (f64::from(self.p) * f64::from(1u32 << 31) * 2.0) as u32
     }
@@ -30,20 +33,6 @@ impl Dropout {
     pub(super) fn factor(self) -> f32 {
         1.0 / (1.0 - self.p)
     }
-}
-
-/// Two rounds of Wellons' `lowbias32` (a bijection of 32 bits), one half of the key before each.
-#[inline(always)]
-pub(super) fn hash(i: u32, key: u64) -> u32 {
-    #[inline(always)]
-    fn round(mut x: u32) -> u32 {
-        x ^= x >> 16;
-        x = x.wrapping_mul(0x7feb_352d);
-        x ^= x >> 15;
-        x = x.wrapping_mul(0x846c_a68b);
-        x ^ (x >> 16)
-    }
-    round(round(i.wrapping_add(key as u32)) ^ (key >> 32) as u32)
 }
 
 /// As many elements as x and y both have.
@@ -55,9 +44,11 @@ pub fn forward(dropout: Dropout, x: &[f32], y: &mut [f32]) {
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn forward_block(dropout: Dropout, first: usize, x: &[f32], y: &mut [f32]) {
     let (threshold, factor) = (dropout.threshold(), dropout.factor());
-    for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
-        let keep = hash((first + i) as u32, dropout.key) >= threshold;
-        *y = if keep { x * factor } else { 0.0 };
+    for (run, (y, x)) in y.chunks_mut(RUN).zip(x.chunks(RUN)).enumerate() {
+        let bits = run_bits(first / RUN + run, dropout.key);
+        for ((y, x), bits) in y.iter_mut().zip(x).zip(bits.as_flattened()) {
+            *y = if *bits >= threshold { x * factor } else { 0.0 };
+        }
     }
 }
 
@@ -70,9 +61,11 @@ pub fn backward(dropout: Dropout, dy: &[f32], dx: &mut [f32]) {
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn backward_block(dropout: Dropout, first: usize, dy: &[f32], dx: &mut [f32]) {
     let (threshold, factor) = (dropout.threshold(), dropout.factor());
-    for (i, (dx, dy)) in dx.iter_mut().zip(dy).enumerate() {
-        let keep = hash((first + i) as u32, dropout.key) >= threshold;
-        *dx += if keep { dy * factor } else { 0.0 };
+    for (run, (dx, dy)) in dx.chunks_mut(RUN).zip(dy.chunks(RUN)).enumerate() {
+        let bits = run_bits(first / RUN + run, dropout.key);
+        for ((dx, dy), bits) in dx.iter_mut().zip(dy).zip(bits.as_flattened()) {
+            *dx += if *bits >= threshold { dy * factor } else { 0.0 };
+        }
     }
 }
 

@@ -22,6 +22,7 @@ mod elementwise;
 mod embedding;
 mod math;
 mod matmul;
+mod philox;
 mod profiled;
 mod rms_norm;
 mod rope;

@@ -1,6 +1,9 @@
 //! Rounding to bf16: the upper half of an f32, to the nearest (ties to even) or by chance.
 
-use super::{dropout::hash, elementwise::BLOCK};
+use super::{
+    elementwise::BLOCK,
+    philox::{RUN, run_bits},
+};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
@@ -32,10 +35,12 @@ fn nearest(x: &mut [f32]) {
 /// Adds 16 random bits below the last one that stays.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn stochastic(key: u64, first: usize, x: &mut [f32]) {
-    for (i, x) in x.iter_mut().enumerate() {
-        let chance = hash((first + i) as u32, key) >> 16;
-        let rounded = x.to_bits().wrapping_add(chance) & 0xffff_0000;
-        *x = if x.is_finite() { f32::from_bits(rounded) } else { *x };
+    for (run, x) in x.chunks_mut(RUN).enumerate() {
+        let bits = run_bits(first / RUN + run, key);
+        for (x, bits) in x.iter_mut().zip(bits.as_flattened()) {
+            let rounded = x.to_bits().wrapping_add(bits >> 16) & 0xffff_0000;
+            *x = if x.is_finite() { f32::from_bits(rounded) } else { *x };
+        }
     }
 }
 
