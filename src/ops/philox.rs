@@ -12,33 +12,30 @@ pub(super) const RUN: usize = 4 * LANES;
 
 /// Philox4x32-10 of many counters at once.
 #[inline(always)]
-fn philox<const N: usize>(mut c: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
+fn philox<const N: usize>([mut c0, mut c1, mut c2, mut c3]: [[u32; N]; 4], key: [u32; 2]) -> [[u32; N]; 4] {
     let [mut k0, mut k1] = key;
     for _ in 0..10 {
-        for lane in 0..N {
-            let a = u64::from(c[0][lane]) * 0xd251_1f53;
-            let b = u64::from(c[2][lane]) * 0xcd9e_8d57;
-            c[0][lane] = (b >> 32) as u32 ^ c[1][lane] ^ k0;
-            c[1][lane] = b as u32;
-            c[2][lane] = (a >> 32) as u32 ^ c[3][lane] ^ k1;
-            c[3][lane] = a as u32;
+        for (((c0, c1), c2), c3) in c0.iter_mut().zip(&mut c1).zip(&mut c2).zip(&mut c3) {
+            let a = u64::from(*c0) * 0xd251_1f53;
+            let b = u64::from(*c2) * 0xcd9e_8d57;
+            *c0 = (b >> 32) as u32 ^ *c1 ^ k0;
+            *c1 = b as u32;
+            *c2 = (a >> 32) as u32 ^ *c3 ^ k1;
+            *c3 = a as u32;
         }
         k0 = k0.wrapping_add(0x9e37_79b9);
         k1 = k1.wrapping_add(0xbb67_ae85);
     }
-    c
+    [c0, c1, c2, c3]
 }
 
 /// 32 random bits for each element of run number `run`; another key, other bits.
 #[inline(always)]
 pub(super) fn run_bits(run: usize, key: u64) -> [[u32; LANES]; 4] {
-    let first = (run * LANES) as u64;
-    let mut counters = [[0; LANES]; 4];
-    for lane in 0..LANES {
-        counters[0][lane] = (first + lane as u64) as u32;
-        counters[1][lane] = ((first + lane as u64) >> 32) as u32;
-    }
-    philox(counters, [key as u32, (key >> 32) as u32])
+    let counter = |lane: usize| (run * LANES + lane) as u64;
+    let low = std::array::from_fn(|lane| counter(lane) as u32);
+    let high = std::array::from_fn(|lane| (counter(lane) >> 32) as u32);
+    philox([low, high, [0; LANES], [0; LANES]], [key as u32, (key >> 32) as u32])
 }
 
 #[cfg(test)]
