@@ -22,6 +22,7 @@ pub mod run;
 pub mod spectrum;
 pub mod verify;
 
+pub mod collective;
 pub mod model;
 pub mod ops;
 

@@ -30,10 +30,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("spectrum", &["adapter", "checkpoint", "delta", "run"]),
     ("verify", &["adapter", "checkpoint", "delta", "run", "spectrum"]),
     ("ops", &[]),
+    ("collective", &["ops"]),
     ("model", &["ops", "adapter", "checkpoint"]),
     ("generate", &["model", "ops", "tokenize"]),
     ("tokenize", &["run", "train"]),
-    ("train", &["model", "ops", "adapter", "checkpoint", "run"]),
+    ("train", &["collective", "model", "ops", "adapter", "checkpoint", "run"]),
     (
         "report",
         &[

@@ -7,7 +7,7 @@
 
 use super::{
     config::LlamaConfig,
-    linear::{Linear, LoraScratch, Pass},
+    linear::{Linear, LoraScratch, Pass, Scaling},
     params::{Layout, Param, TARGETS},
     pool::Pool,
     product::Product,
@@ -78,6 +78,18 @@ impl Block {
                 param.grad = Some(grad);
             }
         }
+    }
+
+    /// Places of everything in it, in the order of backward.
+    pub fn params(&self) -> Vec<usize> {
+        let linear = |l: &Linear| {
+            let (factors, scaling) = match l.lora {
+                Some(f) => (vec![f.a, f.b], if let Scaling::Tanh(at) = f.scaling { Some(at) } else { None }),
+                None => (Vec::new(), None),
+            };
+            [l.weight].into_iter().chain(factors).chain(scaling)
+        };
+        self.linears.iter().rev().flat_map(linear).chain([self.mlp_norm, self.attention_norm]).collect()
     }
 
     /// Whether [`Block::begin_gradients`] needs buffers.

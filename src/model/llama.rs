@@ -17,6 +17,9 @@ use crate::{
 /// Logits that exist at a time.
 const LOGITS: usize = 1 << 23;
 
+/// Is told which parameters, by their places, have complete gradients.
+pub type Ready<'a, D> = dyn FnMut(&D, &mut [Param<D>], &[usize]) + 'a;
+
 /// Rows of logits that exist at a time, for a batch of `rows`.
 pub(super) fn logits_chunk(vocab: usize, rows: usize) -> usize {
     (LOGITS / vocab).clamp(32, rows.max(32)).min(rows)
@@ -72,11 +75,24 @@ impl<D: Device> Model<D> {
     /// token t+1. Returns the mean loss of the `batch · (len - 1)` predictions, in nats, and adds `grad_scale` times its
     /// gradient to the gradients of what trains.
     pub fn forward_backward(&mut self, tokens: &[u32], batch: usize, len: usize, grad_scale: f32) -> Result<f64> {
+        self.forward_backward_then(tokens, batch, len, grad_scale, &mut |_, _, _| {})
+    }
+
+    /// [`Model::forward_backward`] that calls `ready` with the places of parameters as soon as their gradients are complete,
+    /// while the backward goes on: it will not look at them again, and they may be taken away for the time being.
+    pub fn forward_backward_then(
+        &mut self,
+        tokens: &[u32],
+        batch: usize,
+        len: usize,
+        grad_scale: f32,
+        ready: &mut Ready<D>,
+    ) -> Result<f64> {
         self.check_tokens(tokens, batch, len, 2)?;
         self.run_blocks(tokens, batch, len, self.dropout());
         let predictions = (batch * (len - 1)) as f64;
         self.run_head(tokens, len, Some((f64::from(grad_scale) / predictions) as f32));
-        self.run_backward(tokens);
+        self.run_backward(tokens, ready);
         self.device.status()?;
         Ok(self.sum_of_losses() / predictions)
     }
@@ -182,12 +198,16 @@ impl<D: Device> Model<D> {
     }
 
     /// From `scratch.dh` back to the embedding.
-    fn run_backward(&mut self, tokens: &[u32]) {
+    fn run_backward(&mut self, tokens: &[u32], ready: &mut Ready<D>) {
         let Model { device, params, layout, workspace, pool, gradient_accumulation, .. } = self;
         let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
         device.fill(&mut scratch.dx, 0.0);
         let norm = &mut params[layout.final_norm()];
         block::norm_backward(device, norm, &residual[blocks.len()], final_rstd, &scratch.dh, &mut scratch.dx);
+        if layout.head() != layout.embedding() {
+            ready(device, params, &[layout.head()]);
+        }
+        ready(device, params, &[layout.final_norm()]);
         for (i, block) in blocks.iter().enumerate().rev() {
             block.begin_gradients(device, params, pool);
             let shared = saved.len() < blocks.len();
@@ -198,6 +218,7 @@ impl<D: Device> Model<D> {
                 block::forward(device, params, block, shape, &residual[i], own, scratch, None);
             }
             block::backward(device, params, block, shape, &residual[i], own, scratch);
+            ready(device, params, &block.params());
             let lend = !shared && !*gradient_accumulation && i > 0;
             if lend && blocks[i - 1].lacks_gradients(params) {
                 place.take().into_iter().for_each(|own| own.give(pool));
@@ -206,5 +227,6 @@ impl<D: Device> Model<D> {
         if let Some(grad) = &mut params[layout.embedding()].grad {
             device.embedding_backward(&device.upload_tokens(tokens), &scratch.dx, grad);
         }
+        ready(device, params, &[layout.embedding()]);
     }
 }

@@ -17,6 +17,7 @@ mod product;
 
 pub use config::{LlamaConfig, RopeScaling};
 pub use decode::Decoder;
+pub use llama::Ready;
 pub use lora::LoraSpec;
 pub use params::{Param, ParamKind};
 pub use product::{Extents, Product, ProductChoice};
@@ -315,6 +316,31 @@ mod tests {
         model.zero_grad();
         let loss = model.forward_backward(&TOKENS, 3, 5, 1.0).unwrap();
         (loss, model.params().iter().filter_map(|p| p.grad.clone()).collect())
+    }
+
+    #[test]
+    fn gradients_are_reported_once_complete_and_may_be_taken() {
+        let scaled = |product| LoraSpec { train_scaling: true, product, ..spec(3) };
+        for lora in [None, Some(spec(3)), Some(scaled(ProductChoice::Factored))] {
+            for tied in [false, true] {
+                let mut model = Model::init(Cpu, tiny(tied), 3).unwrap();
+                lora.clone().into_iter().for_each(|spec| model.add_lora(spec));
+                model.forward_backward(&TOKENS, 3, 5, 1.0).unwrap();
+                let whole: Vec<_> = model.params().iter().map(|p| p.grad.clone()).collect();
+                model.zero_grad();
+                let mut taken: Vec<Option<Vec<f32>>> = vec![None; whole.len()];
+                let mut seen = vec![0; whole.len()];
+                let mut take = |_: &Cpu, params: &mut [Param<Cpu>], ready: &[usize]| {
+                    for &at in ready {
+                        seen[at] += 1;
+                        taken[at] = params[at].grad.take();
+                    }
+                };
+                model.forward_backward_then(&TOKENS, 3, 5, 1.0, &mut take).unwrap();
+                assert_eq!(seen, vec![1; whole.len()]);
+                assert_eq!(taken, whole);
+            }
+        }
     }
 
     #[test]

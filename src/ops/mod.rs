@@ -46,7 +46,7 @@ use std::borrow::Cow;
 /// Where buffers live and operations run.
 pub trait Device: Send + Sync {
     /// f32 elements on the device.
-    type Buffer: Send + Sync;
+    type Buffer: Send + Sync + 'static;
     /// u32 elements on the device: token ids.
     type Tokens: Send + Sync;
 
