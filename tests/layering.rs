@@ -27,7 +27,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("extract", &["adapter", "checkpoint", "delta"]),
     ("inspect", &["adapter", "checkpoint", "delta"]),
     ("merge", &["adapter", "checkpoint", "delta"]),
-    ("spectrum", &["adapter", "checkpoint", "delta", "run"]),
+    ("spectrum", &["adapter", "checkpoint", "delta", "ops", "run"]),
     ("verify", &["adapter", "checkpoint", "delta", "run", "spectrum"]),
     ("ops", &[]),
     ("collective", &["ops"]),

@@ -1,8 +1,9 @@
 //! `relora-kit spectrum`
 
-use super::{Outcome, Output};
+use super::{DeviceChoice, Outcome, Output, parse_device};
 use crate::{
     error::{Error, Result},
+    ops::CudaOptions,
     progress::Progress,
     report::{self, Format, spectrum::SpectrumReport},
     shard::Shard,
@@ -25,6 +26,7 @@ use std::path::PathBuf;
   relora-kit spectrum --adapter my-lora
   relora-kit spectrum --base step-0 --tuned step-20000 --rank 8 --require 'rank_above_noise > 2*r for 90%'
   relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
+  relora-kit spectrum --base step-0 --tuned step-20000 --device cuda
   relora-kit spectrum --base step-0 --tuned step-20000 --shard 3/8 -o part-3.json
   relora-kit spectrum --combine part-*.json --require 'effective_rank > 64 for 90%' --report spectrum.html
 
@@ -52,7 +54,7 @@ pub struct Args {
         help_heading = "Job arrays",
         conflicts_with_all = [
             "base", "tuned", "adapter", "run", "filter", "common_only", "skip_nonfinite", "rank", "rank_tol", "roundings",
-            "dense", "shard",
+            "dense", "shard", "device",
         ],
     )]
     combine: Vec<PathBuf>,
@@ -88,6 +90,9 @@ pub struct Args {
     /// Compute every spectrum by LAPACK's SVD instead of the Gram matrix: slower, and accurate below 1e-6 * s1, too
     #[arg(long, help_heading = "Measures")]
     dense: bool,
+    /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device, help_heading = "Measures")]
+    device: DeviceChoice,
     /// Compare with an earlier result of `--format json`
     #[arg(long, value_name = "PREVIOUS.json", help_heading = "Output")]
     against: Option<PathBuf>,
@@ -110,6 +115,10 @@ impl Args {
         if self.shard.is_some() && matches!(output.format, Format::Csv | Format::Markdown) {
             return Err(Error::request("a part of a spectrum is written as JSON")
                 .help("leave out --format; --combine prints every format"));
+        }
+        if self.dense && self.device != DeviceChoice::Cpu {
+            return Err(Error::request("--dense takes LAPACK's SVD, which runs on the CPU, but --device names a GPU")
+                .help("leave out one of them"));
         }
         let options = self.options()?;
         let mut spectrum = match self.combine.is_empty() {
@@ -144,6 +153,11 @@ impl Args {
             against: self.against.clone(),
             shard: self.shard,
             method: if self.dense { Method::Dense } else { Method::Auto },
+            small: None,
+            gpu: match self.device {
+                DeviceChoice::Cpu => None,
+                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal)),
+            },
         })
     }
 

@@ -3,6 +3,7 @@
 use super::{Report, table::Table};
 use crate::spectrum::{Against, GateResult, Matrix, Reason, Spectrum, groups::Range, measures::METRICS};
 use serde::{Serialize, Serializer};
+use std::collections::BTreeSet;
 
 /// A spectrum as it is shown.
 pub struct SpectrumReport<'a> {
@@ -39,6 +40,7 @@ impl Report for SpectrumReport<'_> {
 
     fn remarks(&self) -> Vec<String> {
         let mut remarks = skipped_remarks(self.spectrum);
+        remarks.extend(device_remark(self.spectrum));
         remarks.extend(self.spectrum.against.iter().flat_map(against_remarks));
         remarks.extend(self.spectrum.gates.iter().filter(|g| !g.passed).map(offenders));
         if let Some(verdict) = verdict(&self.spectrum.gates) {
@@ -46,6 +48,20 @@ impl Report for SpectrumReport<'_> {
         }
         remarks
     }
+}
+
+/// What a GPU took, where one was asked for.
+fn device_remark(s: &Spectrum) -> Option<String> {
+    let asked = s.matrices.iter().filter(|m| m.device.is_some()).count();
+    let gpus: BTreeSet<&str> = s.matrices.iter().filter_map(|m| m.device.as_deref()).filter(|d| *d != "cpu").collect();
+    let taken = s.matrices.iter().filter(|m| m.device.as_deref().is_some_and(|d| d != "cpu")).count();
+    let rest = match asked - taken {
+        0 => "",
+        _ => "; the others, small or of low rank or in need of the SVD, on the CPU",
+    };
+    let names = gpus.into_iter().collect::<Vec<_>>().join(", ");
+    let taker = if names.is_empty() { "the GPU" } else { &names };
+    (asked > 0).then(|| format!("singular values of {taken} of {asked} updates were computed on {taker}{rest}"))
 }
 
 fn wide_table(matrices: &[Matrix]) -> Table {

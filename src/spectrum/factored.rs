@@ -7,7 +7,7 @@
 
 use super::{
     measures::BELOW,
-    svd::{self, Method},
+    svd::{self, Sigma, Way},
 };
 use crate::{
     delta::LowRank,
@@ -21,14 +21,14 @@ use std::{convert::Infallible, ops::Range};
 #[derive(Clone, Debug)]
 pub struct CycleValues {
     /// Of the cycle alone.
-    pub own: Vec<f64>,
+    pub own: Sigma,
     /// Of the first cycles up to this one.
-    pub cumulative: Vec<f64>,
+    pub cumulative: Sigma,
 }
 
-/// Singular values of every cycle and of every partial sum of `deltas`, which have one shape. `method` and `tolerance`
+/// Singular values of every cycle and of every partial sum of `deltas`, which have one shape. `way` and `tolerance`
 /// as for [`svd::streamed`]; they matter where the ranks add up to more than a few hundred.
-pub fn singular_values(deltas: &[LowRank<f64>], method: Method, tolerance: f64) -> Result<Vec<CycleValues>> {
+pub fn singular_values(deltas: &[LowRank<f64>], way: Way, tolerance: f64) -> Result<Vec<CycleValues>> {
     let Some(first) = deltas.first() else { return Ok(Vec::new()) };
     let (m, n) = first.shape();
     let lefts: Vec<Array2<f64>> = deltas.iter().map(|d| &d.left * d.scaling).collect();
@@ -44,7 +44,7 @@ pub fn singular_values(deltas: &[LowRank<f64>], method: Method, tolerance: f64) 
         let begin = end;
         end += delta.r();
         let block = |t: &Array2<f64>| triangle(t.slice(s![..t.nrows().min(end), begin..end]).to_owned());
-        let core = |u: ArrayView2<f64>, v: ArrayView2<f64>| core(u, v, m.min(n), method, tolerance);
+        let core = |u: ArrayView2<f64>, v: ArrayView2<f64>| core(u, v, m.min(n), way, tolerance);
         let own = core(block(&u)?.view(), block(&v)?.view())?;
         let leading = |t: &Array2<f64>| t.slice(s![..t.nrows().min(end), ..end]).to_owned();
         let cumulative = if begin == 0 { own.clone() } else { core(leading(&u).view(), leading(&v).view())? };
@@ -54,14 +54,14 @@ pub fn singular_values(deltas: &[LowRank<f64>], method: Method, tolerance: f64) 
 }
 
 /// Singular values of `u vᵀ`, padded with the exact zeros that make them `count`.
-fn core(u: ArrayView2<f64>, v: ArrayView2<f64>, count: usize, method: Method, tolerance: f64) -> Result<Vec<f64>> {
+fn core(u: ArrayView2<f64>, v: ArrayView2<f64>, count: usize, way: Way, tolerance: f64) -> Result<Sigma> {
     let product = u.dot(&v.t());
     let block = |rows: Range<usize>, columns: Range<usize>, out: &mut [f64]| {
         out.iter_mut().zip(product.slice(s![rows, columns])).for_each(|(o, x)| *o = *x);
         Ok(Ok::<(), Infallible>(()))
     };
-    let Ok(mut sigma) = svd::streamed(product.dim(), method, tolerance, BELOW, block)?;
-    sigma.resize(count, 0.0);
+    let Ok(mut sigma) = svd::streamed(product.dim(), way, tolerance, BELOW, block)?;
+    sigma.values.resize(count, 0.0);
     Ok(sigma)
 }
 
@@ -81,7 +81,7 @@ fn triangle(matrix: Array2<f64>) -> Result<Array2<f64>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::svd::Method, *};
 
     fn random(seed: u64, rows: usize, columns: usize) -> Array2<f64> {
         let mut state = seed;
@@ -109,10 +109,10 @@ mod tests {
                 })
                 .collect();
             let mut sum = Array2::zeros((m, n));
-            for (delta, found) in deltas.iter().zip(singular_values(&deltas, Method::Auto, 1e-5).unwrap()) {
+            for (delta, found) in deltas.iter().zip(singular_values(&deltas, Way::cpu(Method::Auto), 1e-5).unwrap()) {
                 let own = delta.dense();
                 sum += &own;
-                for (dense, values) in [(own, &found.own), (sum.clone(), &found.cumulative)] {
+                for (dense, values) in [(own, &found.own.values), (sum.clone(), &found.cumulative.values)] {
                     let expected =
                         svd::singular_values(dense.into_raw_vec_and_offset().0.as_mut_slice(), m, n).unwrap();
                     assert_eq!(values.len(), expected.len());
@@ -121,7 +121,7 @@ mod tests {
                         assert!((a - b).abs() < allowed * expected[0], "{m}x{n}: {a} {b}");
                     }
                 }
-                assert!(found.own[delta.r().min(m).min(n)..].iter().all(|&s| s == 0.0));
+                assert!(found.own.values[delta.r().min(m).min(n)..].iter().all(|&s| s == 0.0));
             }
         }
     }
@@ -129,6 +129,6 @@ mod tests {
     #[test]
     fn a_zero_delta_has_zero_values() {
         let delta = LowRank { left: Array2::zeros((5, 2)), right: random(1, 2, 4), scaling: 2.0 };
-        assert_eq!(singular_values(&[delta], Method::Auto, 1e-5).unwrap()[0].cumulative, [0.0; 4]);
+        assert_eq!(singular_values(&[delta], Way::cpu(Method::Auto), 1e-5).unwrap()[0].cumulative.values, [0.0; 4]);
     }
 }

@@ -6,21 +6,34 @@
 //! as zero. Every threshold of the measures lies far above the floor, or the caller takes the dense path.
 
 use super::lapack::{self, Side};
-use crate::error::Result;
+use crate::{
+    error::Result,
+    ops::{GpuGram, Solver},
+};
 
 /// A Gram matrix being accumulated.
-pub struct Gram {
+pub struct Gram<'a> {
     shape: (usize, usize),
     side: Side,
-    entries: Vec<f64>,
+    entries: Entries<'a>,
 }
 
-impl Gram {
+/// Where it lies.
+enum Entries<'a> {
+    Host(Vec<f64>),
+    Gpu(GpuGram<'a>),
+}
+
+impl<'a> Gram<'a> {
     /// For a matrix of the given shape; nothing added yet.
-    pub fn new(shape: (usize, usize)) -> Gram {
+    pub fn new(shape: (usize, usize), gpu: Option<&'a Solver>) -> Result<Gram<'a>> {
         let n = shape.0.min(shape.1);
         let side = if shape.0 >= shape.1 { Side::Columns } else { Side::Rows };
-        Gram { shape, side, entries: vec![0.0; n * n] }
+        let entries = match gpu {
+            Some(gpu) => Entries::Gpu(gpu.gram(n)?),
+            None => Entries::Host(vec![0.0; n * n]),
+        };
+        Ok(Gram { shape, side, entries })
     }
 
     /// Which panels it takes: whole rows (`Columns`: the columns survive) or whole columns.
@@ -30,18 +43,30 @@ impl Gram {
 
     /// Adds a row-major panel: `rows` whole rows, or `columns` whole columns, of the matrix.
     pub fn add(&mut self, panel: &[f64], rows: usize, columns: usize) -> Result<()> {
-        lapack::add_product(&mut self.entries, self.side, panel, rows, columns)
+        match &mut self.entries {
+            Entries::Host(entries) => lapack::add_product(entries, self.side, panel, rows, columns),
+            Entries::Gpu(gram) => gram.add(self.side == Side::Rows, panel, rows, columns),
+        }
     }
 
-    /// Singular values, largest first. `None` where squares have left the range of f64.
-    pub fn singular_values(mut self) -> Result<Option<Vec<f64>>> {
+    /// Singular values, largest first. `None` where squares have left the range of f64, or a GPU finds no eigenvalues.
+    pub fn singular_values(self) -> Result<Option<Vec<f64>>> {
         let n = self.shape.0.min(self.shape.1);
-        let trace: f64 = (0..n).map(|i| self.entries[i * n + i]).sum();
+        let trace: f64 = match &self.entries {
+            Entries::Host(entries) => (0..n).map(|i| entries[i * n + i]).sum(),
+            Entries::Gpu(gram) => gram.trace()?,
+        };
         // The smallest square that counts is about 1e-14 of the trace and must be a normal number.
         if trace != 0.0 && !(1e-280..1e300).contains(&trace) {
             return Ok(None);
         }
-        let eigenvalues = lapack::eigenvalues(&mut self.entries, n)?;
+        let eigenvalues = match self.entries {
+            Entries::Host(mut entries) => lapack::eigenvalues(&mut entries, n)?,
+            Entries::Gpu(gram) => match gram.eigenvalues()? {
+                Some(eigenvalues) => eigenvalues,
+                None => return Ok(None),
+            },
+        };
         let largest = eigenvalues.last().copied().unwrap_or(0.0).max(0.0);
         let floor = largest * relative_floor(self.shape).powi(2);
         Ok(Some(eigenvalues.iter().rev().map(|&e| if e > floor { e.sqrt() } else { 0.0 }).collect()))

@@ -33,6 +33,7 @@ pub use svd::Method;
 use crate::{
     delta::LowRank,
     error::{Error, Kind, Result},
+    ops::{CudaOptions, Solver},
     progress::Progress,
     shard::Shard,
     threads,
@@ -41,9 +42,11 @@ use gates::{Asked, Candidate};
 use lowrank::Factors;
 use measures::BELOW;
 use noise::UlpSums;
+use schedule::Budget;
 use serde::{Deserialize, Serialize};
 use source::{Job, Opened, Work, skipped};
 use std::{collections::BTreeMap, path::PathBuf};
+use svd::{SMALL, Sigma, Way};
 
 /// What to measure and how.
 #[derive(Clone, Debug, Default)]
@@ -68,6 +71,10 @@ pub struct Options {
     pub sigma: bool,
     /// How singular values are computed.
     pub method: Method,
+    /// Up to this `min(m, n)` the SVD is taken, which is always computed on the CPU ([`svd::SMALL`] if not given).
+    pub small: Option<usize>,
+    /// The GPU that takes the Gram matrices; everything on the CPU if none.
+    pub gpu: Option<CudaOptions>,
     /// Hash the files of the sources.
     pub hashes: bool,
     /// An earlier result, as JSON, to compare with.
@@ -149,6 +156,9 @@ pub struct Matrix {
     /// The metrics, flat.
     #[serde(flatten)]
     pub measures: Measures,
+    /// What computed the singular values, where a GPU was asked for: `cuda:N`, or `cpu` for what is not worth its while.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// All singular values, largest first, if asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sigma: Option<Vec<f64>>,
@@ -220,12 +230,17 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     if jobs.is_empty() {
         return Err(nothing_to_measure(options, &skipped));
     }
+    let gpu = options.gpu.as_ref().map(Solver::open).transpose()?;
+    if let Some(gpu) = &gpu {
+        progress.detail(&format!("device {} is {}", gpu.name(), gpu.model()));
+    }
+    let way = Way { method: options.method, small: options.small.unwrap_or(SMALL), gpu: gpu.as_ref() };
     if let Some(shard) = options.shard {
-        return run_shard(shard, options, &opened, &jobs, skipped, progress);
+        return run_shard(shard, options, way, &opened, &jobs, skipped, progress);
     }
     let own: Vec<&Job> = jobs.iter().collect();
     let mut matrices = Vec::new();
-    for measured in measure_all(&own, jobs.len(), options, progress)? {
+    for measured in measure_all(&own, jobs.len(), options, way, progress)? {
         match measured {
             Measured::Matrices(found) => matrices.extend(found),
             Measured::Skipped(skip) => skipped.push(skip),
@@ -239,6 +254,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
 fn run_shard(
     shard: Shard,
     options: &Options,
+    way: Way,
     opened: &[Opened],
     jobs: &[Job],
     mut skipped: Vec<Skipped>,
@@ -249,7 +265,7 @@ fn run_shard(
             .help("pass them when the parts are combined"));
     }
     let options = &Options { sigma: true, ..options.clone() };
-    let costs: Vec<f64> = jobs.iter().map(|j| j.need(options.method).cost).collect();
+    let costs: Vec<f64> = jobs.iter().map(|j| j.need(way).cost).collect();
     let (places, own): (Vec<usize>, Vec<&Job>) = shard
         .own(&costs)
         .into_iter()
@@ -261,7 +277,7 @@ fn run_shard(
     let mut part = Part::new(shard, options, opened, jobs.len())?;
     part.skipped_by_all = skipped.len();
     let mut matrices = Vec::new();
-    for (place, measured) in places.into_iter().zip(measure_all(&own, jobs.len(), options, progress)?) {
+    for (place, measured) in places.into_iter().zip(measure_all(&own, jobs.len(), options, way, progress)?) {
         let found = match measured {
             Measured::Matrices(found) => found,
             Measured::Skipped(skip) => {
@@ -280,10 +296,11 @@ fn run_shard(
 }
 
 /// Measures `jobs`, a share of `of` jobs, and warns about what cannot be measured.
-fn measure_all(jobs: &[&Job], of: usize, options: &Options, progress: &Progress) -> Result<Vec<Measured>> {
+fn measure_all(jobs: &[&Job], of: usize, options: &Options, way: Way, progress: &Progress) -> Result<Vec<Measured>> {
     let bar = progress.count("singular values", jobs.len() as u64);
-    let need = |j: &&Job| j.need(options.method);
-    let run = || schedule::run(jobs, memory_budget(jobs), need, |j| measure(j, options), |_| bar.inc(1));
+    let need = |j: &&Job| j.need(way);
+    let budget = Budget { memory: memory_budget(jobs), gpu_memory: gpu_budget(way)? };
+    let run = || schedule::run(jobs, budget, need, |j| measure(j, options, way), |_| bar.inc(1));
     // One thread per matrix as soon as the whole has several: the bytes do not depend on how it is shared out.
     let results = if of > 1 { threads::with_serial_blas(run) } else { run() };
     bar.finish_and_clear();
@@ -331,6 +348,11 @@ fn memory_budget(jobs: &[&Job]) -> f64 {
     5.5 * jobs.iter().map(|j| 8.0 * j.shape.0 as f64 * j.shape.1 as f64).fold(0.0, f64::max)
 }
 
+/// The same for a GPU: most of what is free when measuring begins.
+fn gpu_budget(way: Way) -> Result<f64> {
+    way.gpu.map_or(Ok(0.0), |gpu| Ok(0.9 * gpu.free_memory()? as f64))
+}
+
 /// Every gate must ask about at least one matrix of each source, and know its rank if it compares with it.
 fn check_gates<'a>(gates: &[Gate], labels: impl Iterator<Item = &'a str> + Clone, all: &[Asked]) -> Result<()> {
     for gate in gates {
@@ -375,13 +397,13 @@ enum Measured {
     Skipped(Skipped),
 }
 
-fn measure(job: &Job, options: &Options) -> Result<Measured> {
+fn measure(job: &Job, options: &Options, way: Way) -> Result<Measured> {
     match &job.work {
         Work::Pair { pair, roundings } => {
             let mut ulps = UlpSums::new(pair.shape.0, pair.shape.1);
             let tolerance = tolerance(job, options);
             let block = |rows, columns, out: &mut [f64]| pair.block(rows, columns, out, &mut ulps);
-            match svd::streamed(pair.shape, options.method, tolerance, BELOW, block)? {
+            match svd::streamed(pair.shape, way, tolerance, BELOW, block)? {
                 Ok(sigma) => {
                     let edge = ulps.noise_edge(*roundings);
                     Ok(Measured::Matrices(vec![matrix(job, options, None, sigma, edge)]))
@@ -390,15 +412,21 @@ fn measure(job: &Job, options: &Options) -> Result<Measured> {
             }
         }
         Work::Factors(factors) => match factors.read() {
-            Ok(deltas) => Ok(Measured::Matrices(measure_factors(job, options, factors, &deltas)?)),
+            Ok(deltas) => Ok(Measured::Matrices(measure_factors(job, options, way, factors, &deltas)?)),
             Err(e) if e.kind == Kind::Request => non_finite(job, options, e.message),
             Err(e) => Err(e),
         },
     }
 }
 
-fn measure_factors(job: &Job, options: &Options, factors: &Factors, deltas: &[LowRank<f64>]) -> Result<Vec<Matrix>> {
-    let values = factored::singular_values(deltas, options.method, tolerance(job, options))?;
+fn measure_factors(
+    job: &Job,
+    options: &Options,
+    way: Way,
+    factors: &Factors,
+    deltas: &[LowRank<f64>],
+) -> Result<Vec<Matrix>> {
+    let values = factored::singular_values(deltas, way, tolerance(job, options))?;
     let Some(cycles) = &job.cycles else {
         return Ok(values.into_iter().map(|v| matrix(job, options, None, v.own, 0.0)).collect());
     };
@@ -415,8 +443,8 @@ fn tolerance(job: &Job, options: &Options) -> f64 {
     options.rank_tolerance.unwrap_or_else(|| measures::default_tolerance(job.shape))
 }
 
-fn matrix(job: &Job, options: &Options, cycle: Option<(u64, bool)>, sigma: Vec<f64>, noise_edge: f64) -> Matrix {
-    let measures = Measures::new(&sigma, job.shape, tolerance(job, options), noise_edge);
+fn matrix(job: &Job, options: &Options, cycle: Option<(u64, bool)>, sigma: Sigma, noise_edge: f64) -> Matrix {
+    let measures = Measures::new(&sigma.values, job.shape, tolerance(job, options), noise_edge);
     Matrix {
         name: job.name.clone(),
         label: job.label.clone(),
@@ -428,7 +456,11 @@ fn matrix(job: &Job, options: &Options, cycle: Option<(u64, bool)>, sigma: Vec<f
         cycle: cycle.map(|c| c.0),
         cumulative: cycle.map(|c| c.1),
         measures,
-        sigma: options.sigma.then_some(sigma),
+        device: options.gpu.as_ref().map(|gpu| match sigma.on_gpu {
+            true => format!("cuda:{}", gpu.ordinal),
+            false => "cpu".to_owned(),
+        }),
+        sigma: options.sigma.then_some(sigma.values),
     }
 }
 

@@ -89,6 +89,13 @@ pub struct Measuring {
     pub common_only: bool,
     /// `--skip-nonfinite`
     pub skip_nonfinite: bool,
+    /// `--device`, whichever GPU it is: devices differ in the last digits.
+    #[serde(default = "cpu")]
+    pub device: String,
+}
+
+fn cpu() -> String {
+    "cpu".into()
 }
 
 impl Part {
@@ -110,6 +117,7 @@ impl Part {
                 dense: options.method == Method::Dense,
                 common_only: options.common_only,
                 skip_nonfinite: options.skip_nonfinite,
+                device: if options.gpu.is_some() { "cuda".into() } else { cpu() },
             },
             inputs,
             weights,

@@ -16,14 +16,30 @@ pub struct Need {
     pub cost: f64,
     /// Bytes that it holds while it runs.
     pub memory: f64,
+    /// Bytes that it holds on a GPU.
+    pub gpu_memory: f64,
+}
+
+/// Bytes that jobs may hold together.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Of the host.
+    pub memory: f64,
+    /// Of the GPU.
+    pub gpu_memory: f64,
+}
+
+impl Budget {
+    /// No bound.
+    pub const NONE: Budget = Budget { memory: f64::INFINITY, gpu_memory: f64::INFINITY };
 }
 
 /// Runs `work` on every job and returns the results in the order of the jobs. Jobs run together only while their
-/// memory stays below `budget` bytes; one alone always runs. After a failure no new job starts; of several failures
+/// memory stays below the `budget`; one alone always runs. After a failure no new job starts; of several failures
 /// the one of the earliest job is returned. `done` is called after each job.
 pub fn run<J: Sync, T: Send>(
     jobs: &[J],
-    budget: f64,
+    budget: Budget,
     need: impl Fn(&J) -> Need + Sync,
     work: impl Fn(&J) -> Result<T> + Sync,
     done: impl Fn(&J) + Sync,
@@ -32,14 +48,14 @@ pub fn run<J: Sync, T: Send>(
     order.sort_by(|&a, &b| need(&jobs[b]).cost.total_cmp(&need(&jobs[a]).cost).then(a.cmp(&b)));
     let results: Mutex<Vec<Option<Result<T>>>> = Mutex::new(jobs.iter().map(|_| None).collect());
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let room = Room { used: Mutex::new((0, 0.0)), freed: Condvar::new(), budget };
+    let room = Room { used: Mutex::default(), freed: Condvar::new(), budget };
     let worker = || {
         while !failed.load(Ordering::Relaxed) {
             let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let memory = need(&jobs[i]).memory;
-            room.enter(memory);
+            let need = need(&jobs[i]);
+            room.enter(need);
             let result = interrupt::check().and_then(|()| work(&jobs[i]));
-            room.leave(memory);
+            room.leave(need);
             failed.fetch_or(result.is_err(), Ordering::Relaxed);
             lock(&results)[i] = Some(result);
             done(&jobs[i]);
@@ -58,23 +74,37 @@ pub fn run<J: Sync, T: Send>(
 
 /// Counts the jobs inside and the bytes they hold.
 struct Room {
-    used: Mutex<(usize, f64)>,
+    used: Mutex<Used>,
     freed: Condvar,
-    budget: f64,
+    budget: Budget,
+}
+
+#[derive(Default)]
+struct Used {
+    jobs: usize,
+    memory: f64,
+    gpu_memory: f64,
 }
 
 impl Room {
-    fn enter(&self, memory: f64) {
+    fn enter(&self, need: Need) {
+        let full = |used: &Used| {
+            used.memory + need.memory > self.budget.memory || used.gpu_memory + need.gpu_memory > self.budget.gpu_memory
+        };
         let mut used = lock(&self.used);
-        while used.0 > 0 && used.1 + memory > self.budget {
+        while used.jobs > 0 && full(&used) {
             used = self.freed.wait(used).unwrap_or_else(|e| e.into_inner());
         }
-        *used = (used.0 + 1, used.1 + memory);
+        used.jobs += 1;
+        used.memory += need.memory;
+        used.gpu_memory += need.gpu_memory;
     }
 
-    fn leave(&self, memory: f64) {
+    fn leave(&self, need: Need) {
         let mut used = lock(&self.used);
-        *used = (used.0 - 1, used.1 - memory);
+        used.jobs -= 1;
+        used.memory -= need.memory;
+        used.gpu_memory -= need.gpu_memory;
         self.freed.notify_all();
     }
 }
@@ -91,8 +121,8 @@ mod tests {
     #[test]
     fn results_keep_the_order_of_the_jobs() {
         let jobs: Vec<usize> = (0..50).collect();
-        let need = |j: &usize| Need { cost: (*j * 7 % 13) as f64, memory: 1.0 };
-        let results = run(&jobs, 1.0, need, |j| Ok(j * 2), |_| ()).unwrap();
+        let need = |j: &usize| Need { cost: (*j * 7 % 13) as f64, memory: 1.0, ..Need::default() };
+        let results = run(&jobs, Budget { memory: 1.0, ..Budget::NONE }, need, |j| Ok(j * 2), |_| ()).unwrap();
         assert_eq!(results, (0..50).map(|j| j * 2).collect::<Vec<_>>());
     }
 
@@ -100,13 +130,21 @@ mod tests {
     fn a_failure_stops_the_rest_and_is_returned() {
         let jobs: Vec<usize> = (0..50).collect();
         let work = |j: &usize| if *j >= 10 { Err(Error::request(format!("job {j}"))) } else { Ok(()) };
-        let need = |j: &usize| Need { cost: -(*j as f64), memory: 0.0 };
-        assert!(run(&jobs, 1.0, need, work, |_| ()).unwrap_err().message.starts_with("job 1"));
+        let need = |j: &usize| Need { cost: -(*j as f64), ..Need::default() };
+        assert!(run(&jobs, Budget::NONE, need, work, |_| ()).unwrap_err().message.starts_with("job 1"));
     }
 
     #[test]
     fn jobs_together_stay_within_the_budget_and_a_larger_one_runs_alone() {
         let jobs: Vec<f64> = (0..40).map(|i| if i % 10 == 0 { 9.0 } else { 1.0 + (i % 3) as f64 }).collect();
+        let host = Budget { memory: 4.0, ..Budget::NONE };
+        let gpu = Budget { gpu_memory: 4.0, ..Budget::NONE };
+        run_within(&jobs, host, |j| Need { cost: *j, memory: *j, gpu_memory: 0.0 });
+        run_within(&jobs, gpu, |j| Need { cost: *j, memory: 0.0, gpu_memory: *j });
+    }
+
+    /// Jobs of the given sizes, and a budget of 4 for them.
+    fn run_within(jobs: &[f64], budget: Budget, need: impl Fn(&f64) -> Need + Sync) {
         let held = Mutex::new((0.0, 0));
         let work = |j: &f64| {
             {
@@ -119,6 +157,6 @@ mod tests {
             *held = (held.0 - j, held.1 - 1);
             Ok(())
         };
-        run(&jobs, 4.0, |j| Need { cost: *j, memory: *j }, work, |_| ()).unwrap();
+        run(jobs, budget, need, work, |_| ()).unwrap();
     }
 }

@@ -6,7 +6,7 @@ use super::{
     names,
     pair::{self, Pair},
     schedule::Need,
-    svd::Method,
+    svd::{PANEL, Way},
 };
 use crate::{
     adapter::{Adapter, config::CONFIG_NAME},
@@ -103,23 +103,32 @@ pub(super) enum Work<'a> {
 
 impl Job<'_> {
     /// Work: the cube that the eigenvalues take plus the product before. Memory: the Gram matrix and a panel, or the
-    /// dense matrix and a workspace.
-    pub fn need(&self, method: Method) -> Need {
+    /// dense matrix and a workspace. On a GPU: the Gram matrix, a workspace of at most its size, and a panel.
+    pub fn need(&self, way: Way) -> Need {
         let (short, long) = (self.shape.0.min(self.shape.1) as f64, self.shape.0.max(self.shape.1) as f64);
         let tolerance = super::measures::default_tolerance(self.shape);
-        let entries = match &self.work {
-            Work::Pair { .. } if method.takes_gram(self.shape, tolerance) => short * (short + 300.0),
-            Work::Pair { .. } => short * (long + short.min(300.0)),
+        let panel = PANEL as f64 + 44.0;
+        let on_gpu = |n: f64| 8.0 * n * (2.0 * n + panel);
+        let cost = short * short * (short + long);
+        match &self.work {
+            Work::Pair { .. } if way.takes_gram(self.shape, tolerance) && way.gpu.is_some() => {
+                Need { cost, memory: 8.0 * short * panel, gpu_memory: on_gpu(short) }
+            }
+            Work::Pair { .. } if way.takes_gram(self.shape, tolerance) => {
+                Need { cost, memory: 8.0 * short * (short + panel), gpu_memory: 0.0 }
+            }
+            Work::Pair { .. } => Need { cost, memory: 8.0 * short * (long + short.min(300.0)), gpu_memory: 0.0 },
             Work::Factors(factors) => {
                 let rank = factors.total_rank() as f64;
-                let core = rank.min(short) * rank.min(long);
-                return Need {
-                    cost: rank * rank * (short + long) + core * short,
-                    memory: 8.0 * (3.0 * rank * (short + long) + 3.0 * core),
-                };
+                let core = (rank.min(short), rank.min(long));
+                let gram = way.gpu.is_some() && way.takes_gram((core.0 as usize, core.1 as usize), tolerance);
+                Need {
+                    cost: rank * rank * (short + long) + core.0 * core.1 * short,
+                    memory: 8.0 * (3.0 * rank * (short + long) + 3.0 * core.0 * core.1),
+                    gpu_memory: if gram { on_gpu(core.0) } else { 0.0 },
+                }
             }
-        };
-        Need { cost: short * short * (short + long), memory: 8.0 * entries }
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use crate::{
     run::{CycleRecord, Manifest, RunDir},
     spectrum::{
         factored,
-        schedule::{self, Need},
-        svd::Method,
+        schedule::{self, Budget, Need},
+        svd::{Method, Way},
     },
 };
 use serde_json::Value;
@@ -119,17 +119,19 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
     let bar = progress.count("ranks", count as u64);
     let need = |job: &(String, usize, Module, bool)| {
         let cost = (job.2.a.elements() + job.2.b.elements()) as f64;
-        Need { cost, memory: 0.0 }
+        Need { cost, ..Need::default() }
     };
     let ranks = schedule::run(
         &factors,
-        f64::INFINITY,
+        Budget::NONE,
         need,
         |(_, _, module, fan_in_fan_out)| {
             let delta = LowRank::read_f64(module, *fan_in_fan_out)?;
             let (m, n) = delta.shape();
-            let sigma =
-                factored::singular_values(&[delta], Method::Dense, 0.0)?.pop().map(|v| v.own).unwrap_or_default();
+            let sigma = factored::singular_values(&[delta], Way::cpu(Method::Dense), 0.0)?
+                .pop()
+                .map(|v| v.own.values)
+                .unwrap_or_default();
             let s1 = sigma.first().copied().unwrap_or(0.0);
             let rounding = m.max(n) as f64 * f64::EPSILON * s1;
             Ok((sigma.iter().filter(|&&s| s > rounding).count(), m.min(n)))

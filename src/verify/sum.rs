@@ -18,7 +18,7 @@ use crate::{
     error::{Error, Result},
     progress::Progress,
     run::{Manifest, RunDir},
-    spectrum::schedule::{self, Need},
+    spectrum::schedule::{self, Budget, Need},
 };
 use ndarray::Array2;
 use serde::Serialize;
@@ -95,7 +95,7 @@ pub(super) fn check(
         return Ok((findings, Vec::new()));
     }
     let bar = progress.count("recomputing", jobs.len() as u64);
-    let results = schedule::run(&jobs, f64::INFINITY, Weight::need, Weight::check, |_| bar.inc(1));
+    let results = schedule::run(&jobs, Budget::NONE, Weight::need, Weight::check, |_| bar.inc(1));
     bar.finish_and_clear();
     let mut weights = Vec::new();
     for (weight, mismatch) in results? {
@@ -200,7 +200,7 @@ const BLOCK: usize = 256;
 
 impl Weight<'_> {
     fn need(&self) -> Need {
-        Need { cost: (self.base.elements() * (self.deltas.len() + 1)) as f64, memory: 0.0 }
+        Need { cost: (self.base.elements() * (self.deltas.len() + 1)) as f64, ..Need::default() }
     }
 
     fn check(&self) -> Result<(WeightCheck, Option<Mismatch>)> {

@@ -9,16 +9,17 @@ use std::{
     sync::OnceLock,
 };
 
-const LIBRARIES: [(&str, &str, &str); 3] = [
+const LIBRARIES: [(&str, &str, &str); 4] = [
     ("driver.cpp", "libcuda.so", "libcuda.so.1"),
     ("nvrtc.cpp", "libnvrtc.so", "libnvrtc.so.12"),
     ("cublas.cpp", "libcublas.so", "libcublas.so.12"),
+    ("cusolver.cpp", "libcusolver.so", "libcusolver.so.11"),
 ];
 
 /// What the double replaces in which file before it compiles: file, text, other text (see nvrtc.cpp).
 pub const MUTATION: [&str; 3] = ["CUDA_DOUBLE_MUTATE_FILE", "CUDA_DOUBLE_MUTATE_FROM", "CUDA_DOUBLE_MUTATE_TO"];
 
-/// The folder with the three libraries; compiled kernels are kept there, too.
+/// The folder with the libraries; compiled kernels are kept there, too.
 pub fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(build)
@@ -63,8 +64,12 @@ pub fn cuda() -> &'static Cuda {
 pub fn open() -> Cuda {
     // A kernel that is broken on purpose is not what the cache holds.
     let cache = std::env::var_os(MUTATION[0]).is_none().then(|| folder().join("cache"));
-    let options = CudaOptions { ordinal: 0, libraries: vec![folder().into()], cache };
-    Cuda::open(&options).unwrap_or_else(|e| panic!("{e}"))
+    Cuda::open(&CudaOptions { cache, ..options() }).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The double's GPU, without a cache.
+pub fn options() -> CudaOptions {
+    CudaOptions { ordinal: 0, libraries: vec![folder().into()], cache: None }
 }
 
 /// Lets a process find the double, and no other cache.

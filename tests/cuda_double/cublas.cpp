@@ -1,4 +1,4 @@
-// A stand-in for libcublas.so.12: the one product that the program asks for, with plain sums. TF32 rounds as the hardware
+// A stand-in for libcublas.so.12: what the program asks for, with plain sums. TF32 rounds as the hardware
 // does, so that its being on or off can be seen.
 
 #include <algorithm>
@@ -118,5 +118,65 @@ Status cublasSgemm_v2(
     }
     Product product = {ta != 0, tb != 0, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, handle->mode == 3};
     return protect()("cublasSgemm", run, &product) == 0 ? OK : EXECUTION_FAILED;
+}
+}
+
+// ---- f64, for spectra.
+
+struct RankUpdate {
+    bool lower, transposed;
+    int n, k;
+    double alpha;
+    const double* a;
+    int lda;
+    double beta;
+    double* c;
+    int ldc;
+};
+
+// One triangle; the other is neither read nor written.
+static void rank_update(void* argument) {
+    const RankUpdate& p = *(RankUpdate*)argument;
+    for (int j = 0; j < p.n; j++) {
+        for (int i = p.lower ? j : 0; i < (p.lower ? p.n : j + 1); i++) {
+            double sum = 0.0;
+            for (int l = 0; l < p.k; l++) {
+                sum += p.transposed ? p.a[(size_t)i * p.lda + l] * p.a[(size_t)j * p.lda + l]
+                                    : p.a[(size_t)l * p.lda + i] * p.a[(size_t)l * p.lda + j];
+            }
+            double& c = p.c[(size_t)j * p.ldc + i];
+            c = p.beta == 0.0 ? p.alpha * sum : p.alpha * sum + p.beta * c;
+        }
+    }
+}
+
+struct SizeSum {
+    int n;
+    const double* x;
+    int step;
+    double* sum;
+};
+
+static void size_sum(void* argument) {
+    const SizeSum& p = *(SizeSum*)argument;
+    *p.sum = 0.0;
+    for (int i = 0; i < p.n; i++) *p.sum += p.x[(size_t)i * p.step] < 0.0 ? -p.x[(size_t)i * p.step] : p.x[(size_t)i * p.step];
+}
+
+extern "C" {
+
+Status cublasDsyrk_v2(
+    Handle* handle, int uplo, int operation, int n, int k, const double* alpha, const double* a, int lda,
+    const double* beta, double* c, int ldc
+) {
+    if (!handle->stream || uplo > 1 || n < 0 || k < 0 || lda < (operation ? k : n) || ldc < n) return INVALID_VALUE;
+    RankUpdate update = {uplo == 0, operation != 0, n, k, *alpha, a, lda, *beta, c, ldc};
+    return protect()("cublasDsyrk", rank_update, &update) == 0 ? OK : EXECUTION_FAILED;
+}
+
+Status cublasDasum_v2(Handle* handle, int n, const double* x, int step, double* result) {
+    if (!handle->stream || n < 0 || step < 1) return INVALID_VALUE;
+    SizeSum sum = {n, x, step, result};
+    return protect()("cublasDasum", size_sum, &sum) == 0 ? OK : EXECUTION_FAILED;
 }
 }

@@ -11,6 +11,7 @@
 //   CUDA_DOUBLE_VERSION    CUDA version of the driver (12090)
 //   CUDA_DOUBLE_MEMORY     bytes of memory (2^31)
 //   CUDA_DOUBLE_LOSE_AFTER the GPU is lost after this many kernels (never)
+//   CUDA_DOUBLE_LOSE_AFTER_CALLS the GPU is lost after this many calls of cuBLAS and cuSOLVER that compute (never)
 //   CUDA_DOUBLE_SEED       of the order of blocks and threads (1)
 
 #include "device.h"
@@ -137,6 +138,11 @@ static void leave(CUresult code, const std::string& text) {
 extern "C" CUresult cuda_double_protect(const char* what, void (*work)(void*), void* argument) {
     LOCK;
     if (sticky != OK) return sticky;
+    static unsigned long long calls, most = setting("CUDA_DOUBLE_LOSE_AFTER_CALLS", ~0ull);
+    if (strncmp(what, "kernel", 6) && calls++ >= most) {
+        fail(LAUNCH_FAILED, "unspecified launch failure");
+        return sticky;
+    }
     struct sigaction action = {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;

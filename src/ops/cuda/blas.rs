@@ -14,9 +14,9 @@ use std::{
 };
 
 /// A handle, on the GPU's stream.
-pub struct Blas(Mutex<Handle>);
+pub struct Blas(pub(super) Mutex<Handle>);
 
-struct Handle(sys::cublasHandle_t);
+pub(super) struct Handle(pub(super) sys::cublasHandle_t);
 
 // SAFETY: a handle may be used from any thread, by one at a time: it is behind a mutex.
 unsafe impl Send for Handle {}
@@ -95,7 +95,7 @@ impl Drop for Handle {
     }
 }
 
-fn check(gpu: &Gpu, what: &str, status: cublasStatus_t) -> Result<()> {
+pub(super) fn check(gpu: &Gpu, what: &str, status: cublasStatus_t) -> Result<()> {
     match status {
         cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
         error => Err(gpu.failed(&format!("{what}: {error:?}"))),

@@ -1,7 +1,7 @@
 //! Where CUDA's libraries are. They are loaded when a GPU is asked for, never before: the program starts without them.
 
 use crate::error::{Error, Result};
-use cudarc::{cublas, driver, nvrtc};
+use cudarc::{cublas, cusolver, driver, nvrtc};
 use libloading::Library;
 use std::{
     path::{Path, PathBuf},
@@ -20,6 +20,8 @@ struct Needed {
     is_present: unsafe fn() -> bool,
     loaded: unsafe fn() -> &'static Library,
     symbols: &'static [&'static str],
+    /// Libraries of NVIDIA's that it loads itself, in their order.
+    needs: &'static [&'static str],
 }
 
 const NEEDED: [Needed; 3] = [
@@ -56,6 +58,7 @@ const NEEDED: [Needed; 3] = [
             "cuStreamDestroy_v2",
             "cuStreamSynchronize",
         ],
+        needs: &[],
     },
     Needed {
         name: "nvrtc",
@@ -78,6 +81,7 @@ const NEEDED: [Needed; 3] = [
             "nvrtcGetSupportedArchs",
             "nvrtcVersion",
         ],
+        needs: &[],
     },
     Needed {
         name: "cublas",
@@ -87,17 +91,51 @@ const NEEDED: [Needed; 3] = [
         is_present: cublas::sys::is_culib_present,
         loaded: cublas::sys::culib,
         symbols: &["cublasCreate_v2", "cublasDestroy_v2", "cublasSetMathMode", "cublasSetStream_v2", "cublasSgemm_v2"],
+        needs: &["cublasLt"],
     },
 ];
+
+const DRIVER: &Needed = &NEEDED[0];
+const CUBLAS: &Needed = &NEEDED[2];
+
+/// What spectra call of cuBLAS besides.
+const CUBLAS_F64: &Needed = &Needed { symbols: &["cublasDasum_v2", "cublasDsyrk_v2"], ..NEEDED[2] };
+
+const CUSOLVER: &Needed = &Needed {
+    name: "cusolver",
+    file: "libcusolver.so.11 or .12",
+    what: "CUDA's eigenvalue library",
+    install: "install it (pip install nvidia-cusolver-cu12, or the CUDA toolkit), name its folder in RELORA_KIT_CUDA_LIBRARIES, or pass --device cpu",
+    is_present: cusolver::sys::is_culib_present,
+    loaded: cusolver::sys::culib,
+    symbols: &[
+        "cusolverDnCreate",
+        "cusolverDnDestroy",
+        "cusolverDnDsyevd",
+        "cusolverDnDsyevd_bufferSize",
+        "cusolverDnSetStream",
+    ],
+    needs: &["nvJitLink", "cusparse"],
+};
 
 /// Libraries found in the user's folders: they stay loaded, and are found by their names from then on.
 static PRELOADED: Mutex<Vec<Library>> = Mutex::new(Vec::new());
 
+/// Loads what training needs.
+pub fn load(device: &str, folders: &[PathBuf]) -> Result<()> {
+    load_these(device, folders, &NEEDED.each_ref())
+}
+
+/// Loads what spectra need: no kernels, but eigenvalues.
+pub fn load_solver(device: &str, folders: &[PathBuf]) -> Result<()> {
+    load_these(device, folders, &[DRIVER, CUBLAS, CUBLAS_F64, CUSOLVER])
+}
+
 /// Loads the libraries, those in `folders` before the system's. The error says which is missing and where it was looked
 /// for. Asks before every first call, since cudarc panics where a library or a symbol is missing.
-pub fn load(device: &str, folders: &[PathBuf]) -> Result<()> {
-    preload(device, folders)?;
-    for needed in &NEEDED {
+fn load_these(device: &str, folders: &[PathBuf], needed: &[&Needed]) -> Result<()> {
+    preload(device, folders, needed)?;
+    for needed in needed {
         // SAFETY: both only load a shared library by name; NVIDIA's have no other effect than being loaded.
         let library = unsafe {
             if !(needed.is_present)() {
@@ -124,20 +162,18 @@ pub fn load(device: &str, folders: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// Loads the libraries in these folders by their paths; a later search by name finds what is loaded already.
-fn preload(device: &str, folders: &[PathBuf]) -> Result<()> {
+/// Loads the libraries in these folders by their paths; a later search by name finds what is loaded already. What a
+/// library needs comes before it, whichever folder it is in.
+fn preload(device: &str, folders: &[PathBuf], needed: &[&Needed]) -> Result<()> {
     let mut loaded = PRELOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    for folder in folders {
-        // cuBLAS needs its own second library, which must be there first.
-        for name in NEEDED.iter().map(|n| n.name).chain(["cublasLt"]).rev() {
-            let Some(path) = version(folder, name) else { continue };
-            // SAFETY: the user named this folder as one of CUDA libraries.
-            let library = unsafe { Library::new(&path) }.map_err(|e| {
-                Error::world(format!("device '{device}' is unavailable: cannot load '{}': {e}", path.display()))
-                    .help(format!("the folder comes from {FOLDERS_VARIABLE}"))
-            })?;
-            loaded.push(library);
-        }
+    for name in needed.iter().flat_map(|n| n.needs.iter().chain([&n.name])) {
+        let Some(path) = folders.iter().find_map(|folder| version(folder, name)) else { continue };
+        // SAFETY: the user named this folder as one of CUDA libraries.
+        let library = unsafe { Library::new(&path) }.map_err(|e| {
+            Error::world(format!("device '{device}' is unavailable: cannot load '{}': {e}", path.display()))
+                .help(format!("the folder comes from {FOLDERS_VARIABLE}"))
+        })?;
+        loaded.push(library);
     }
     Ok(())
 }

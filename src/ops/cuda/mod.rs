@@ -10,6 +10,7 @@ mod compile;
 mod device;
 mod driver;
 mod libraries;
+mod solver;
 
 use crate::error::{Error, Result};
 use blas::Blas;
@@ -23,6 +24,7 @@ use std::{
 };
 
 pub use libraries::FOLDERS_VARIABLE;
+pub use solver::{GpuGram, Solver};
 
 /// Threads of a block, for every kernel: `THREADS` of common.cu.
 const THREADS: u32 = 256;
