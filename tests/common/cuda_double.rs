@@ -60,8 +60,14 @@ pub fn cuda() -> &'static Cuda {
     CUDA.get_or_init(open)
 }
 
-/// The double's GPU, opened anew.
+/// Set where a real GPU takes the place of the double.
+const REAL: &str = "RELORA_KIT_TEST_GPU";
+
+/// The double's GPU, opened anew; a real one if that is asked for.
 pub fn open() -> Cuda {
+    if std::env::var_os(REAL).is_some() {
+        return Cuda::open(&CudaOptions::from_env(0)).unwrap_or_else(|e| panic!("{e}"));
+    }
     // A kernel that is broken on purpose is not what the cache holds.
     let cache = std::env::var_os(MUTATION[0]).is_none().then(|| folder().join("cache"));
     Cuda::open(&CudaOptions { cache, ..options() }).unwrap_or_else(|e| panic!("{e}"))
