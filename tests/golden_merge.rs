@@ -23,6 +23,7 @@ fn merge_is_pefts(adapter: &str, base: &str, dtype: Dtype, merged: &str) {
         max_shard_size: MAX_SHARD_SIZE,
         force: false,
         dry_run: false,
+        gpu: None,
     };
     merge::run(&options, &Progress::hidden()).unwrap();
     let found = Checkpoint::open(&options.output).unwrap();

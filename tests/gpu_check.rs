@@ -110,6 +110,7 @@ fn half_an_hour_on_a_gpu_in_small() {
             "% | 0.49 GiB | 0.16 GiB |",
             "paper: 9 to 40%",
             "paper: up to 5.5",
+            "| merge | rank 128, bf16, 2 threads, 8 products on the GPU |",
             "| spectrum |  |  |  |  |  | none: error: device 'cuda:0' is unavailable",
         ],
     );

@@ -26,7 +26,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("diff", &["adapter", "checkpoint", "delta"]),
     ("extract", &["adapter", "checkpoint", "delta"]),
     ("inspect", &["adapter", "checkpoint", "delta"]),
-    ("merge", &["adapter", "checkpoint", "delta"]),
+    ("merge", &["adapter", "checkpoint", "delta", "ops"]),
     ("spectrum", &["adapter", "checkpoint", "delta", "ops", "run"]),
     ("verify", &["adapter", "checkpoint", "delta", "run", "spectrum"]),
     ("ops", &[]),

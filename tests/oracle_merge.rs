@@ -34,6 +34,7 @@ fn merged_as(base: &Path, adapters: &[(PathBuf, f64)], dtype: Option<Dtype>) -> 
         max_shard_size: MAX_SHARD_SIZE,
         force: false,
         dry_run: false,
+        gpu: None,
     };
     merge::run(&options, &Progress::hidden()).unwrap_or_else(|e| panic!("{}: {e}", base.display()));
     let model = Checkpoint::open(&options.output).unwrap();

@@ -191,6 +191,7 @@ fn options(base: &Path, adapters: Vec<(PathBuf, f64)>, output: PathBuf) -> Optio
         max_shard_size: MAX_SHARD_SIZE,
         force: false,
         dry_run: false,
+        gpu: None,
     }
 }
 

@@ -1,10 +1,11 @@
 //! `relora-kit merge`
 
-use super::Outcome;
+use super::{DeviceChoice, Outcome, parse_device};
 use crate::{
     checkpoint::Dtype,
     error::{Error, Result},
     merge::{self, Options, Rounding},
+    ops::CudaOptions,
     progress::Progress,
     report::{self, Format, units},
     shard::Shard,
@@ -24,6 +25,7 @@ use std::path::{Path, PathBuf};
   relora-kit merge --base llama --adapter my-lora --rounding stochastic --seed 1 -o merged
   relora-kit merge --base merged --adapter my-lora=-1 -o without
   relora-kit merge --base llama --adapter my-lora -o merged --dry-run --format json
+  relora-kit merge --base llama --adapter my-lora -o merged --device cuda
   relora-kit merge --base llama --dtype bf16 --max-shard-size 2GB -o llama-bf16
   relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --shard 3/8
   relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --combine")]
@@ -61,6 +63,9 @@ pub struct Args {
     /// Replace the output folder if it exists
     #[arg(long)]
     force: bool,
+    /// What computes the products B @ A: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`, where reading them back costs less
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    device: DeviceChoice,
     /// How the report is printed
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -112,6 +117,10 @@ impl Args {
             max_shard_size: self.max_shard_size,
             force: self.force,
             dry_run: self.dry_run,
+            gpu: match self.device {
+                DeviceChoice::Cpu => None,
+                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal)),
+            },
         };
         let result = match self.shard {
             Some(shard) => merge::run_shard(&options, shard, progress)?,

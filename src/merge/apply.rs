@@ -67,7 +67,7 @@ pub(super) fn rows<T: Real>(
     scratch.bytes.resize(count * to_size, 0);
     let block = ArrayViewMut2::from_shape((rows.len(), columns), &mut scratch.delta)
         .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
-    prepared.delta(&rows, block);
+    prepared.delta(&rows, block)?;
     let changed = !output.terms.is_empty();
     let plain = changed && prepared.rescale.is_none() && prepared.rounder.is_nearest();
     let in_one_pass = plain && (from, to) == (Dtype::BF16, Dtype::BF16);

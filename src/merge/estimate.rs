@@ -2,6 +2,7 @@
 
 use super::{
     apply::{self, Scratch},
+    device::Gpu,
     plan::{Output, Plan},
     prepared::Prepared,
     rounding::Rounding,
@@ -41,13 +42,13 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    pub(super) fn new(plan: &Plan, rounding: Rounding) -> Result<Estimate> {
+    pub(super) fn new(plan: &Plan, rounding: Rounding, gpu: Option<&Gpu>) -> Result<Estimate> {
         let changed: Vec<&Output> = plan.outputs.iter().filter(|o| !o.is_copy()).collect();
         let (mut seconds, mut elements) = (0.0, 0);
         for output in changed.iter().step_by(changed.len().div_ceil(TRIED).max(1)) {
             seconds += threads::with_serial_blas(|| match output.source.dtype() {
-                Dtype::F64 => time::<f64>(output, rounding),
-                _ => time::<f32>(output, rounding),
+                Dtype::F64 => time::<f64>(output, rounding, None),
+                _ => time::<f32>(output, rounding, gpu),
             })?;
             elements += output.source.elements();
         }
@@ -69,9 +70,9 @@ impl Estimate {
 
 /// Seconds for the whole of `output`, from those of its first block. The block is computed twice: the first time may have
 /// to wait for the disk.
-fn time<T: Real>(output: &Output, rounding: Rounding) -> Result<f64> {
+fn time<T: Real>(output: &Output, rounding: Rounding, gpu: Option<&Gpu>) -> Result<f64> {
     let start = Instant::now();
-    let prepared = Prepared::<T>::new(output, rounding)?;
+    let prepared = Prepared::<T>::new(output, rounding, gpu)?;
     let preparing = start.elapsed().as_secs_f64();
     let Some(block) = stream::row_blocks(output).next() else { return Ok(preparing) };
     let mut scratch = Scratch::new();

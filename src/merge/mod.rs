@@ -6,6 +6,7 @@
 mod apply;
 mod arith;
 pub(crate) mod companions;
+mod device;
 mod estimate;
 mod matcher;
 mod names;
@@ -30,10 +31,12 @@ use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Dtype, Writer},
     error::{Error, Result},
+    ops::{CudaOptions, Products},
     progress::Progress,
     shard::Shard,
     staged::{self, StagedDir},
 };
+use device::Gpu;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -64,6 +67,8 @@ pub struct Options {
     pub force: bool,
     /// Plan and check, but write nothing.
     pub dry_run: bool,
+    /// The GPU that takes the products that are worth it; all on the CPU if none.
+    pub gpu: Option<CudaOptions>,
 }
 
 /// Merges. On success the output folder is complete; on an error, or when interrupted, nothing is left behind.
@@ -75,11 +80,12 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
+    let gpu = open_gpu(options, progress)?;
     if options.dry_run {
         let specs = plan.specs();
         let files = Writer::files(&specs, options.max_shard_size);
-        let mut report = result::report(options, &plan, &files, &[]);
-        report.estimate = Some(Estimate::new(&plan, options.rounding)?);
+        let mut report = result::report(options, &plan, gpu.as_ref(), &files, &[]);
+        report.estimate = Some(Estimate::new(&plan, options.rounding, gpu.as_ref())?);
         return Ok(report);
     }
     let staged = StagedDir::create(&options.output, options.force)?;
@@ -88,9 +94,9 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     }
     let specs = plan.specs();
     let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options))?;
-    let measured = stream::run(&plan, options.rounding, &writer, progress)?;
+    let measured = stream::run(&plan, options.rounding, gpu.as_ref(), &writer, progress)?;
     let files = Writer::files(&specs, options.max_shard_size);
-    let mut report = result::report(options, &plan, &files, &measured);
+    let mut report = result::report(options, &plan, gpu.as_ref(), &files, &measured);
     explain_losses(&mut report, &plan, progress)?;
     writer.finish()?;
     staged.commit()?;
@@ -105,7 +111,8 @@ pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
-    part::run(shard, options, (&base, &adapters), plan, progress)
+    let gpu = open_gpu(options, progress)?;
+    part::run(shard, options, (&base, &adapters), plan, gpu.as_ref(), progress)
 }
 
 /// Makes the output of all parts that [`run_shard`] wrote with the same options: the bytes that [`run`] writes.
@@ -115,6 +122,12 @@ pub fn combine(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     part::combine(options, (&base, &adapters), &plan, progress)
+}
+
+fn open_gpu(options: &Options, progress: &Progress) -> Result<Option<Gpu>> {
+    let Some(gpu) = options.gpu.as_ref().map(Products::open).transpose()? else { return Ok(None) };
+    progress.detail(&format!("device {} is {}", gpu.name(), gpu.model()));
+    Ok(Some(Gpu::new(gpu)))
 }
 
 fn open_adapters(paths: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {

@@ -2,7 +2,14 @@
 //! `OUT.parts/I-of-N/`, and combining makes OUT of them, byte for byte what one process writes.
 
 use super::{
-    MergeReport, Options, apply::Sums, companions, explain_losses, metadata, plan::Plan, result, rounding::Rounding,
+    MergeReport, Options,
+    apply::Sums,
+    companions,
+    device::{self, Gpu},
+    explain_losses, metadata,
+    plan::Plan,
+    result,
+    rounding::Rounding,
     stream,
 };
 use crate::{
@@ -49,6 +56,7 @@ pub(super) fn run(
     options: &Options,
     (base, adapters): (&Checkpoint, &[(Adapter, f64)]),
     mut plan: Plan,
+    gpu: Option<&Gpu>,
     progress: &Progress,
 ) -> Result<MergeReport> {
     let specs = plan.specs();
@@ -76,8 +84,8 @@ pub(super) fn run(
     let folder = parts_folder(options).join(format!("{}-of-{}", shard.index, shard.count));
     let staged = StagedDir::create(&folder, options.force)?;
     let writer = Writer::create_files(staged.path(), &files, &metadata(options))?;
-    let measured = stream::run(&plan, options.rounding, &writer, progress)?;
-    let mut report = result::report(options, &plan, &files, &measured);
+    let measured = stream::run(&plan, options.rounding, gpu, &writer, progress)?;
+    let mut report = result::report(options, &plan, gpu, &files, &measured);
     explain_losses(&mut report, &plan, progress)?;
     writer.finish()?;
     for (name, _) in &files {
@@ -120,7 +128,7 @@ pub(super) fn combine(
             fs::copy(&source, &target).map_err(|e| Error::io("copy", &source, e))?;
         }
     }
-    let mut report = result::report(options, plan, &files, &measured);
+    let mut report = result::report(options, plan, None, &files, &measured);
     explain_losses(&mut report, plan, progress)?;
     staged.commit()?;
     let folder = parts_folder(options);
@@ -221,6 +229,9 @@ fn check_same_merge(part: &Path, found: &Record, wanted: &Record) -> Result<()> 
 fn identity(options: &Options) -> BTreeMap<String, String> {
     let mut identity = metadata(options);
     identity.insert("--dtype".into(), options.dtype.map_or("keep".into(), |d| format!("{d:?}").to_lowercase()));
+    // Devices differ in the last digits, and which takes what depends on the threads.
+    let device = options.gpu.as_ref().map_or("cpu".into(), |_| format!("cuda from rank {}", device::smallest_rank()));
+    identity.insert("--device".into(), device);
     identity.insert("--max-shard-size".into(), options.max_shard_size.to_string());
     if let Rounding::Stochastic { seed } = options.rounding {
         identity.insert("--seed".into(), seed.to_string());

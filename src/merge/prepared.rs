@@ -1,6 +1,7 @@
 //! What the blocks of one output share: decoded factors, and the norms that DoRA needs.
 
 use super::{
+    device::{Gpu, Uploaded},
     plan::{Output, Term},
     rounding::{Rounder, Rounding},
 };
@@ -18,9 +19,11 @@ use std::{collections::BTreeMap, ops::Range};
 const BLOCK: usize = 1 << 19;
 
 /// Everything that is added to an output, ready for its blocks.
-pub(super) struct Prepared<T> {
+pub(super) struct Prepared<'g, T> {
     /// First row, and the delta from there on: one per adapter, or one per expert.
     deltas: Vec<(usize, LowRank<T>)>,
+    /// The same on a GPU, where it takes their products.
+    on_gpu: Option<Uploaded<'g>>,
     /// The sum of all vectors, for a bias.
     bias: Option<Vec<T>>,
     /// Replaced rows, in the source's stored type.
@@ -37,10 +40,11 @@ pub(super) struct Rescale<T> {
     pub by_column: bool,
 }
 
-impl<T: Real> Prepared<T> {
-    pub(super) fn new(output: &Output, rounding: Rounding) -> Result<Self> {
+impl<'g, T: Real> Prepared<'g, T> {
+    pub(super) fn new(output: &Output, rounding: Rounding, gpu: Option<&'g Gpu>) -> Result<Self> {
         let mut prepared = Prepared {
             deltas: Vec::new(),
+            on_gpu: None,
             bias: None,
             tokens: read_tokens::<T>(output)?,
             rescale: None,
@@ -59,6 +63,10 @@ impl<T: Real> Prepared<T> {
                 Term::Bias { vector, factor } => prepared.add_bias(vector, T::from_f64(*factor))?,
             }
         }
+        if let Some(gpu) = gpu.filter(|gpu| gpu.takes(output)) {
+            prepared.on_gpu = Some(gpu.upload(&prepared.deltas)?);
+            prepared.deltas.clear();
+        }
         if let Some((module, transposed)) = output.dora() {
             prepared.rescale = Some(prepared.rescale(output, module, transposed)?);
         }
@@ -73,12 +81,21 @@ impl<T: Real> Prepared<T> {
     }
 
     /// Overwrites `out` with rows `rows` of the sum of all deltas.
-    pub(super) fn delta(&self, rows: &Range<usize>, mut out: ArrayViewMut2<T>) {
+    pub(super) fn delta(&self, rows: &Range<usize>, mut out: ArrayViewMut2<T>) -> Result<()> {
+        if let Some(on_gpu) = &self.on_gpu {
+            let columns = out.ncols();
+            // Only what is computed in f32 goes to a GPU: here T is f32. Blocks are whole rows of a buffer.
+            let values = out.as_slice_mut().unwrap_or_default();
+            on_gpu.rows(rows, columns, bytemuck::cast_slice_mut(values))?;
+            self.add_bias_to(out);
+            return Ok(());
+        }
         // A single delta that covers the block saves clearing it.
         if let [(0, only)] = &self.deltas[..]
             && self.bias.is_none()
         {
-            return only.rows(rows.clone(), out);
+            only.rows(rows.clone(), out);
+            return Ok(());
         }
         out.fill(T::zero());
         for (first, delta) in &self.deltas {
@@ -87,6 +104,11 @@ impl<T: Real> Prepared<T> {
                 delta.add_rows(from - first..to - first, out.slice_mut(s![from - rows.start..to - rows.start, ..]));
             }
         }
+        self.add_bias_to(out);
+        Ok(())
+    }
+
+    fn add_bias_to(&self, mut out: ArrayViewMut2<T>) {
         if let Some(bias) = &self.bias {
             out.iter_mut().zip(bias).for_each(|(o, &b)| *o = *o + b);
         }
@@ -101,7 +123,7 @@ impl<T: Real> Prepared<T> {
         for first in (0..rows).step_by(step) {
             interrupt::check()?;
             let block = first..rows.min(first + step);
-            self.delta(&block, delta.slice_mut(s![..block.len(), ..]));
+            self.delta(&block, delta.slice_mut(s![..block.len(), ..]))?;
             let weight = &mut weight[..block.len() * columns];
             T::read(&output.source, first * columns, weight)?;
             for (i, (w, d)) in weight.iter().zip(delta.iter()).enumerate() {

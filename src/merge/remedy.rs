@@ -50,7 +50,7 @@ pub(super) fn find(output: &Output) -> Result<Option<Remedy>> {
 }
 
 fn sample<T: Real>(output: &Output, dtype: Dtype) -> Result<Sums> {
-    let prepared = Prepared::<T>::new(output, Rounding::Nearest)?;
+    let prepared = Prepared::<T>::new(output, Rounding::Nearest, None)?;
     let mut scratch = Scratch::new();
     let blocks: Vec<_> = stream::row_blocks(output).collect();
     let mut sums = Sums::default();

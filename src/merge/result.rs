@@ -3,6 +3,7 @@
 use super::{
     Estimate, MIN_RETENTION, Options, Remedy, Rounding,
     apply::Sums,
+    device::Gpu,
     plan::{Output, Plan, Term},
 };
 use crate::checkpoint::{Dtype, FileSpecs};
@@ -96,6 +97,9 @@ pub struct TensorResult {
     pub bytes: u64,
     /// The file that holds it.
     pub file: String,
+    /// Where its products are computed, if a GPU was asked for and there are any: `cuda:N` or `cpu`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// How much of the delta survived rounding; absent in a dry run and where the delta is zero.
     #[serde(flatten)]
     pub retention: Option<Retention>,
@@ -168,7 +172,13 @@ fn action(output: &Output) -> Action {
 }
 
 /// Describes a plan and the files of its tensors, and with the sums of the tensors its outcome.
-pub(super) fn report(options: &Options, plan: &Plan, layout: &[FileSpecs], sums: &[Sums]) -> MergeReport {
+pub(super) fn report(
+    options: &Options,
+    plan: &Plan,
+    gpu: Option<&Gpu>,
+    layout: &[FileSpecs],
+    sums: &[Sums],
+) -> MergeReport {
     let file_of: HashMap<&str, usize> =
         layout.iter().enumerate().flat_map(|(i, (_, specs))| specs.iter().map(move |s| (s.name.as_str(), i))).collect();
     let mut files: Vec<OutputFile> = layout
@@ -198,16 +208,18 @@ pub(super) fn report(options: &Options, plan: &Plan, layout: &[FileSpecs], sums:
             continue;
         }
         all += sums;
+        let rank = output.terms.iter().map(Term::rank).sum();
         tensors.push(TensorResult {
             name: spec.name.clone(),
             action,
             shape: spec.shape.clone(),
             base_dtype: output.source.dtype(),
             dtype: spec.dtype,
-            rank: output.terms.iter().map(Term::rank).sum(),
+            rank,
             base_bytes: if action == Action::Added { 0 } else { output.source.bytes().len() as u64 },
             bytes: spec.bytes(),
             file: file.name.clone(),
+            device: gpu.filter(|_| rank > 0).map(|gpu| if gpu.takes(output) { gpu.name() } else { "cpu" }.to_owned()),
             retention: Retention::new(sums),
         });
     }

@@ -3,6 +3,7 @@
 
 use super::{
     apply::{self, Scratch, Sums},
+    device::Gpu,
     plan::{Output, Plan},
     prepared::Prepared,
     rounding::Rounding,
@@ -42,14 +43,20 @@ enum Piece {
 }
 
 /// Writes every tensor of the plan. Returns the sums of each, in the plan's order.
-pub(super) fn run(plan: &Plan, rounding: Rounding, writer: &Writer, progress: &Progress) -> Result<Vec<Sums>> {
+pub(super) fn run(
+    plan: &Plan,
+    rounding: Rounding,
+    gpu: Option<&Gpu>,
+    writer: &Writer,
+    progress: &Progress,
+) -> Result<Vec<Sums>> {
     let pieces = split(plan);
     let mut counts = vec![0; plan.outputs.len()];
     pieces.iter().for_each(|(i, _)| counts[*i] += 1);
     let states = counts.into_iter().map(State::new).collect();
     let total = plan.outputs.iter().map(|o| o.spec.bytes()).sum();
     let bar = progress.bytes("merging", total);
-    let job = Job { plan, rounding, pieces, states, writer, next: AtomicUsize::new(0), bar };
+    let job = Job { plan, rounding, gpu, pieces, states, writer, next: AtomicUsize::new(0), bar };
     let (written, behind) = channel();
     std::thread::scope(|scope| {
         let write_back = scope.spawn(|| write_back(behind, || writer.sync()).inspect_err(|_| job.stop()));
@@ -99,22 +106,23 @@ pub(super) fn row_blocks(output: &Output) -> impl Iterator<Item = Range<usize>> 
 struct Job<'p, 'a> {
     plan: &'p Plan<'a>,
     rounding: Rounding,
+    gpu: Option<&'p Gpu>,
     pieces: Vec<(usize, Piece)>,
-    states: Vec<State>,
+    states: Vec<State<'p>>,
     writer: &'p Writer,
     next: AtomicUsize,
     bar: ProgressBar,
 }
 
 /// What the blocks of one output share.
-struct State {
+struct State<'g> {
     left: AtomicUsize,
-    single: Mutex<Option<Arc<Prepared<f32>>>>,
-    double: Mutex<Option<Arc<Prepared<f64>>>>,
+    single: Mutex<Option<Arc<Prepared<'g, f32>>>>,
+    double: Mutex<Option<Arc<Prepared<'g, f64>>>>,
     sums: Mutex<Sums>,
 }
 
-impl State {
+impl State<'_> {
     fn new(pieces: usize) -> Self {
         State {
             left: AtomicUsize::new(pieces),
@@ -125,7 +133,7 @@ impl State {
     }
 }
 
-impl Job<'_, '_> {
+impl<'p> Job<'p, '_> {
     /// Every worker ends before its next piece.
     fn stop(&self) {
         self.next.store(self.pieces.len(), Ordering::Relaxed);
@@ -160,14 +168,14 @@ impl Job<'_, '_> {
         output: &Output,
         rows: &Range<usize>,
         state: &State,
-        shared: &Mutex<Option<Arc<Prepared<T>>>>,
+        shared: &Mutex<Option<Arc<Prepared<'p, T>>>>,
         scratch: &mut Scratch<T>,
     ) -> Result<u64> {
         let prepared = {
             let mut shared = lock(shared);
             match &*shared {
                 Some(prepared) => prepared.clone(),
-                None => shared.insert(Arc::new(Prepared::new(output, self.rounding)?)).clone(),
+                None => shared.insert(Arc::new(Prepared::new(output, self.rounding, self.gpu)?)).clone(),
             }
         };
         let sums = apply::rows(output, output.spec.dtype, &prepared, rows.clone(), scratch)?;

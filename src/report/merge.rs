@@ -48,6 +48,7 @@ impl Report for MergeReport {
         if let Rounding::Stochastic { seed } = self.rounding {
             remarks.push(format!("rounded by chance to bf16 and f16, seed {seed}"));
         }
+        remarks.extend(device_remark(self));
         remarks.extend(self.estimate.as_ref().map(merge_plan::estimate));
         let output = self.output.display();
         remarks.push(match self.dry_run {
@@ -56,6 +57,15 @@ impl Report for MergeReport {
         });
         remarks
     }
+}
+
+/// What a GPU takes, where one was asked for.
+fn device_remark(report: &MergeReport) -> Option<String> {
+    let of = |wanted: fn(&str) -> bool| report.tensors.iter().filter(move |t| t.device.as_deref().is_some_and(wanted));
+    let (all, taken) = (of(|_| true).count(), of(|d| d != "cpu").count());
+    let name = of(|d| d != "cpu").find_map(|t| t.device.as_deref()).unwrap_or("the GPU");
+    let rest = if taken < all { "; the others cost less than reading them back, or are f64" } else { "" };
+    (all > 0).then(|| format!("products of {taken} of {all} tensors are computed on {name}{rest}"))
 }
 
 fn row(t: &TensorResult) -> Vec<String> {

@@ -131,6 +131,11 @@ pub fn load_solver(device: &str, folders: &[PathBuf]) -> Result<()> {
     load_these(device, folders, &[DRIVER, CUBLAS, CUBLAS_F64, CUSOLVER])
 }
 
+/// Loads what merges need: no kernels either.
+pub fn load_products(device: &str, folders: &[PathBuf]) -> Result<()> {
+    load_these(device, folders, &[DRIVER, CUBLAS])
+}
+
 /// Loads the libraries, those in `folders` before the system's. The error says which is missing and where it was looked
 /// for. Asks before every first call, since cudarc panics where a library or a symbol is missing.
 fn load_these(device: &str, folders: &[PathBuf], needed: &[&Needed]) -> Result<()> {

@@ -10,6 +10,7 @@ mod compile;
 mod device;
 mod driver;
 mod libraries;
+mod products;
 mod solver;
 
 use crate::error::{Error, Result};
@@ -24,6 +25,7 @@ use std::{
 };
 
 pub use libraries::FOLDERS_VARIABLE;
+pub use products::{GpuMatrix, Products};
 pub use solver::{GpuGram, Solver};
 
 /// Threads of a block, for every kernel: `THREADS` of common.cu.
