@@ -4,11 +4,13 @@
 //! that dies.
 
 mod alone;
+mod nccl;
 mod ranks;
 mod rendezvous;
 mod wire;
 
 pub use alone::Alone;
+pub use nccl::Nccl;
 pub use ranks::{Master, Ranks};
 pub use rendezvous::{Ending, JOIN_VARIABLE, OnEnding, Rendezvous, join_limit};
 

@@ -33,7 +33,9 @@ pub use adamw::AdamW;
 pub use attention::AttentionShape;
 pub use cpu::Cpu;
 pub use cross_entropy::IGNORE;
-pub use cuda::{Cuda, CudaOptions, FOLDERS_VARIABLE, GpuGram, GpuMatrix, Products, Solver};
+pub use cuda::{
+    Communicator, Cuda, CudaOptions, FOLDERS_VARIABLE, GpuGram, GpuMatrix, NcclId, NcclLibrary, Products, Solver, Sum,
+};
 pub use dropout::Dropout;
 pub use matmul::{Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};

@@ -9,11 +9,12 @@ use std::{
     sync::OnceLock,
 };
 
-const LIBRARIES: [(&str, &str, &str); 4] = [
+const LIBRARIES: [(&str, &str, &str); 5] = [
     ("driver.cpp", "libcuda.so", "libcuda.so.1"),
     ("nvrtc.cpp", "libnvrtc.so", "libnvrtc.so.12"),
     ("cublas.cpp", "libcublas.so", "libcublas.so.12"),
     ("cusolver.cpp", "libcusolver.so", "libcusolver.so.11"),
+    ("nccl.cpp", "libnccl.so.2", "libnccl.so.2"),
 ];
 
 /// What the double replaces in which file before it compiles: file, text, other text (see nvrtc.cpp).

@@ -398,11 +398,24 @@ static void run_grid(void* argument) {
 
 // ---- The entry points.
 
+struct Deferred {
+    std::string what;
+    void (*work)(void*);
+    void* argument;
+};
 struct Context {
     int device;
 };
 struct Stream {
-    int unused;
+    // What was asked of it, counted; of every other stream, how much it waits for.
+    unsigned long long asked = 0;
+    std::map<Stream*, unsigned long long> waits_for;
+    // What another library will do on it: not before something waits for it.
+    std::vector<Deferred> deferred;
+};
+struct Event {
+    Stream* stream = nullptr;
+    unsigned long long asked = 0;
 };
 struct Module {
     void* library;
@@ -420,6 +433,13 @@ static std::map<Stream*, bool> streams;
     if (!bound) return INVALID_CONTEXT
 #define STREAM_OR_RETURN(stream) \
     if (!streams.count((Stream*)stream)) return INVALID_HANDLE
+
+// Does what was put off.
+static void finish(Stream* stream) {
+    std::vector<Deferred> jobs;
+    jobs.swap(stream->deferred);
+    for (Deferred& job : jobs) cuda_double_protect(job.what.c_str(), job.work, job.argument);
+}
 
 // Whether the memory lies in one allocation.
 static bool inside(CUdeviceptr address, size_t bytes) {
@@ -499,6 +519,7 @@ CUresult cuStreamDestroy_v2(Stream* stream) {
 CUresult cuStreamSynchronize(Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    finish(stream);
     for (auto& [address, a] : allocations) check_before(address, a);
     return sticky;
 }
@@ -546,6 +567,7 @@ CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, Str
     STREAM_OR_RETURN(stream);
     if (!inside(address, 4 * count)) return INVALID_VALUE;
     for (size_t i = 0; i < count; i++) ((unsigned*)address)[i] = value;
+    stream->asked++;
     return OK;
 }
 
@@ -554,6 +576,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t byt
     STREAM_OR_RETURN(stream);
     if (!inside(target, bytes)) return INVALID_VALUE;
     memcpy((void*)target, source, bytes);
+    stream->asked++;
     return OK;
 }
 
@@ -570,6 +593,7 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t byt
     STREAM_OR_RETURN(stream);
     if (!inside(source, bytes) || !inside(target, bytes)) return INVALID_VALUE;
     memmove((void*)target, (void*)source, bytes);
+    stream->asked++;
     return OK;
 }
 
@@ -625,7 +649,49 @@ CUresult cuLaunchKernel(
     Launch launch = {function, {gx, gy, gz}, {bx, by, bz}, dynamic_shared, args};
     cuda_double_protect(("kernel " + function->name).c_str(), run_grid, &launch);
     if (sticky != OK) reset_fibers();
+    stream->asked++;
     return OK;
+}
+
+CUresult cuEventCreate(Event** event, unsigned) {
+    READY_OR_RETURN;
+    *event = new Event;
+    return OK;
+}
+
+CUresult cuEventRecord(Event* event, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    *event = {stream, stream->asked};
+    return OK;
+}
+
+CUresult cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    STREAM_OR_RETURN(event->stream);
+    finish(event->stream);
+    auto& known = stream->waits_for[event->stream];
+    known = std::max(known, event->asked);
+    return sticky;
+}
+
+CUresult cuEventDestroy_v2(Event* event) {
+    READY_OR_RETURN;
+    delete event;
+    return OK;
+}
+
+// For nccl.cpp. What it reads must be there: the stream has to wait for all that the others were asked for.
+int cuda_double_defer(Stream* stream, const char* what, void (*work)(void*), void* argument) {
+    LOCK;
+    if (sticky != OK || !streams.count(stream)) return 0;
+    for (auto& [other, _] : streams) {
+        if (other != stream && stream->waits_for[other] < other->asked) return 0;
+    }
+    stream->asked++;
+    stream->deferred.push_back({what, work, argument});
+    return 1;
 }
 
 CUresult cuGetErrorName(CUresult error, const char** text) {

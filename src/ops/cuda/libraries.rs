@@ -98,6 +98,10 @@ const NEEDED: [Needed; 3] = [
 const DRIVER: &Needed = &NEEDED[0];
 const CUBLAS: &Needed = &NEEDED[2];
 
+/// What sums over processes call of the driver besides.
+const DRIVER_EVENTS: &Needed =
+    &Needed { symbols: &["cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuStreamWaitEvent"], ..NEEDED[0] };
+
 /// What spectra call of cuBLAS besides.
 const CUBLAS_F64: &Needed = &Needed { symbols: &["cublasDasum_v2", "cublasDsyrk_v2"], ..NEEDED[2] };
 
@@ -134,6 +138,23 @@ pub fn load_solver(device: &str, folders: &[PathBuf]) -> Result<()> {
 /// Loads what merges need: no kernels either.
 pub fn load_products(device: &str, folders: &[PathBuf]) -> Result<()> {
     load_these(device, folders, &[DRIVER, CUBLAS])
+}
+
+/// NCCL's file.
+pub const NCCL: &str = "libnccl.so.2";
+
+/// Loads NCCL, and makes sure of the driver's functions that it is used with.
+pub fn load_nccl(device: &str, folders: &[PathBuf]) -> Result<Library> {
+    load_these(device, folders, &[DRIVER_EVENTS])?;
+    let own = folders.iter().find_map(|folder| version(folder, "nccl")).unwrap_or_else(|| NCCL.into());
+    // SAFETY: NVIDIA's library has no other effect than being loaded.
+    unsafe { Library::new(&own) }.map_err(|e| {
+        let listed: String = folders.iter().map(|f| format!("'{}', ", f.display())).collect();
+        Error::world(format!(
+            "device '{device}' is unavailable to several processes: NVIDIA's library of collectives {NCCL} was not found (looked in {listed}LD_LIBRARY_PATH and the system's folders): {e}"
+        ))
+        .help("install it (pip install nvidia-nccl-cu12, or your distribution's libnccl2), and name its folder in RELORA_KIT_CUDA_LIBRARIES")
+    })
 }
 
 /// Loads the libraries, those in `folders` before the system's. The error says which is missing and where it was looked

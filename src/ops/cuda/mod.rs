@@ -10,6 +10,7 @@ mod compile;
 mod device;
 mod driver;
 mod libraries;
+mod nccl;
 mod products;
 mod solver;
 
@@ -25,6 +26,7 @@ use std::{
 };
 
 pub use libraries::FOLDERS_VARIABLE;
+pub use nccl::{Communicator, Nccl as NcclLibrary, NcclId, Sum};
 pub use products::{GpuMatrix, Products};
 pub use solver::{GpuGram, Solver};
 

@@ -1,0 +1,151 @@
+//! Sums over GPUs by NCCL, in processes of their own, on the test double of CUDA's libraries.
+#![allow(missing_docs)]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod common;
+
+use common::cuda_double::{folder, open};
+use relora_kit::{
+    collective::{Collective, Nccl, OnEnding, Ranks},
+    ops::{Cuda, Device},
+};
+use std::{
+    net::TcpListener,
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// What a process started by a test has to do.
+const PART: &str = "NCCL_TEST_PART";
+
+/// Starts this test program once per rank, for [`one_process_of_several`].
+fn start(part: &str, world_size: usize, environment: &[(&str, &str)]) -> Vec<Child> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    folder();
+    let child = |rank: usize| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["one_process_of_several", "--exact", "--nocapture"]).env(PART, part);
+        command
+            .envs([("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", rank)].map(|(k, v)| (k, v.to_string())));
+        command.envs([("MASTER_ADDR", "127.0.0.1".to_owned()), ("MASTER_PORT", port.to_string())]);
+        command.envs(environment.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    (0..world_size).map(child).collect()
+}
+
+fn end(children: Vec<Child>) -> Vec<(Option<i32>, String)> {
+    let text = |o: Output| (o.status.code(), String::from_utf8_lossy(&[o.stdout, o.stderr].concat()).into_owned());
+    children.into_iter().map(|c| text(c.wait_with_output().unwrap())).collect()
+}
+
+/// Values that differ from rank to rank, with sums that depend on their order.
+fn values(rank: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i * 37 + rank * 101) % 1009) as f32 / 7.0 * [1.0, -1e4, 1e-3][(i + rank) % 3]).collect()
+}
+
+/// More than a piece of the double, a few, one, none.
+const LENGTHS: [usize; 4] = [3 * 65536 + 11, 1003, 1, 0];
+
+fn join(device: &Cuda) -> Nccl {
+    let on_ending: OnEnding = Arc::new(|ending| {
+        println!("ended: {}", ending.error.message);
+        std::process::exit(3);
+    });
+    let ranks = Ranks::from_env().unwrap().unwrap();
+    let libraries = std::env::var_os("NCCL_TEST_FOLDER").map_or(folder().into(), PathBuf::from);
+    Nccl::start(&ranks, Duration::from_secs(20), on_ending, device, &[libraries]).unwrap_or_else(|e| {
+        println!("failed: {} help: {}", e.message, e.help.clone().unwrap_or_default());
+        std::process::exit(e.exit_code().into());
+    })
+}
+
+/// What each process does; nothing, where the tests are run.
+#[test]
+fn one_process_of_several() {
+    let Ok(part) = std::env::var(PART) else { return };
+    let device = open();
+    let nccl = join(&device);
+    let (rank, world_size) = (nccl.rank(), nccl.world_size());
+    let all = nccl.gather(format!("I am {rank}").as_bytes()).unwrap();
+    assert_eq!(all, (0..world_size).map(|r| format!("I am {r}").into_bytes()).collect::<Vec<_>>());
+    assert!(nccl.is_leader() == (rank == 0) && nccl.name(1).starts_with("rank 1 ("));
+    for round in 0..3 {
+        let mine = |len: usize| values(rank + 10 * round, len);
+        // Made on the GPU just before: the sum has to wait for it.
+        let buffers: Vec<_> = LENGTHS
+            .iter()
+            .map(|&len| {
+                let mut buffer = device.upload(&vec![0.0; len]);
+                device.axpy(1.0, &device.upload(&mine(len)), &mut buffer);
+                buffer
+            })
+            .collect();
+        let pending = nccl.begin_all_reduce(&device, buffers);
+        // The kernels go on meanwhile, with memory of their own.
+        let (x, mut y) = (device.upload(&[2.0; 5000]), device.upload(&[1.0; 5000]));
+        device.axpy(0.5, &x, &mut y);
+        if part == "killed" && round == 1 && rank == 1 {
+            std::process::abort();
+        }
+        let sums = pending().unwrap();
+        if let Err(e) = device.status() {
+            println!("failed: {} help: {}", e.message, e.help.unwrap_or_default());
+            std::process::exit(3);
+        }
+        for (sum, len) in sums.iter().zip(LENGTHS) {
+            let mut expected = values(10 * round, len);
+            for other in 1..world_size {
+                expected.iter_mut().zip(values(other + 10 * round, len)).for_each(|(sum, x)| *sum += x);
+            }
+            assert!(device.read(sum) == expected, "rank {rank}, {len} elements");
+        }
+        assert_eq!(device.read(&y), [2.0; 5000]);
+        let mut buffer = device.upload(&values(rank, 70000));
+        nccl.broadcast(&device, 1, &mut buffer).unwrap();
+        assert!(device.read(&buffer) == values(1, 70000), "rank {rank}");
+    }
+    device.status().unwrap();
+    nccl.finish().unwrap();
+    println!("rank {rank} is done");
+}
+
+#[test]
+fn sums_over_gpus_have_the_same_bits_everywhere() {
+    for world_size in [2, 3] {
+        for (rank, (code, text)) in end(start("sums", world_size, &[])).into_iter().enumerate() {
+            assert!(code == Some(0) && text.contains(&format!("rank {rank} is done")), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_process_that_dies_ends_the_others_while_they_wait_for_its_sum() {
+    let began = Instant::now();
+    let ended = end(start("killed", 2, &[]));
+    assert!(ended[0].0 == Some(3) && ended[0].1.contains("ended: rank 1 ("), "{:?}", ended[0]);
+    assert!(ended[1].0 != Some(0) && began.elapsed() < Duration::from_secs(20), "{:?}", ended[1]);
+}
+
+#[test]
+fn a_network_that_fails_is_a_sentence() {
+    for (code, text) in end(start("sums", 2, &[("CUDA_DOUBLE_NCCL_FAIL_AFTER", "4")])) {
+        let parts = ["device 'cuda:0' (CUDA test double): ncclAllReduce failed: remote process exited", "--resume"];
+        assert!(code == Some(3) && parts.iter().all(|part| text.contains(part)), "{text}");
+    }
+}
+
+#[test]
+fn without_the_library_there_is_a_sentence() {
+    // SAFETY: loading NVIDIA's library has no other effect.
+    if unsafe { libloading::Library::new("libnccl.so.2") }.is_ok() {
+        println!("skipped: this machine has libnccl.so.2");
+        return;
+    }
+    for (code, text) in end(start("sums", 2, &[("NCCL_TEST_FOLDER", "/nowhere")])) {
+        let parts =
+            ["libnccl.so.2 was not found (looked in '/nowhere', LD_LIBRARY_PATH", "pip install nvidia-nccl-cu12"];
+        assert!(code == Some(3) && parts.iter().all(|part| text.contains(part)), "{text}");
+    }
+}
