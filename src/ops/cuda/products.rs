@@ -32,7 +32,7 @@ impl Products {
     pub fn open(options: &CudaOptions) -> Result<Products> {
         libraries::load_products(&format!("cuda:{}", options.ordinal), &options.libraries)?;
         let gpu = Arc::new(Gpu::open(options.ordinal)?);
-        let blas = Blas::open(&gpu)?;
+        let blas = Blas::open(&gpu).map_err(advise)?;
         Ok(Products { gpu, blas })
     }
 

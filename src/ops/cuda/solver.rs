@@ -37,13 +37,14 @@ impl Solver {
     pub fn open(options: &CudaOptions) -> Result<Solver> {
         libraries::load_solver(&format!("cuda:{}", options.ordinal), &options.libraries)?;
         let gpu = Arc::new(Gpu::open(options.ordinal)?);
-        let blas = Blas::open(&gpu)?;
+        let blas = Blas::open(&gpu).map_err(advise)?;
         let mut handle = ptr::null_mut();
         // SAFETY: the pointer is to a variable of the type that cuSOLVER writes; the stream lives as long as the GPU.
         let handle = unsafe {
-            check(&gpu, "cusolverDnCreate", cusolver::cusolverDnCreate(&mut handle))?;
+            check(&gpu, "cusolverDnCreate", cusolver::cusolverDnCreate(&mut handle)).map_err(advise)?;
             let handle = Handle(handle);
-            check(&gpu, "cusolverDnSetStream", cusolver::cusolverDnSetStream(handle.0, gpu.stream().cast()))?;
+            let set = cusolver::cusolverDnSetStream(handle.0, gpu.stream().cast());
+            check(&gpu, "cusolverDnSetStream", set).map_err(advise)?;
             handle
         };
         Ok(Solver { gpu, blas, handle: Mutex::new(handle) })
