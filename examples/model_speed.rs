@@ -4,7 +4,7 @@
 
 use relora_kit::{
     model::{LlamaConfig, LoraSpec, Model},
-    ops::{AdamW, Cpu, Device},
+    ops::{AdamW, Cpu, Device, Tally},
     threads,
 };
 use std::time::Instant;
@@ -39,19 +39,13 @@ fn main() {
         model.zero_grad();
         let loss = model.forward_backward(&tokens, batch, len, 1.0).unwrap();
         let model_time = start.elapsed().as_secs_f64();
-        let squares: f64 = model.params().iter().filter_map(|p| p.grad.as_ref()).map(|g| Cpu.sum_of_squares(g)).sum();
-        let settings = AdamW {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-            step,
-            grad_scale: (1.0 / squares.sqrt()).min(1.0),
-        };
+        let mut tally = Tally::default();
+        let gradients: Vec<&Vec<f32>> = model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
+        Cpu.tally_gradients(&gradients, 1.0, &mut tally);
+        let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
         for (param, [m, v]) in model.params_mut().iter_mut().zip(&mut moments) {
             if let Some(grad) = &param.grad {
-                Cpu.adamw(&settings, &mut param.value, grad, m, v);
+                Cpu.adamw(&settings, &tally, &mut param.value, grad, m, v);
             }
         }
         let time = start.elapsed().as_secs_f64();

@@ -61,8 +61,7 @@ fn loops_over_whole_buffers() {
             device.fill(&mut filled, 0.25);
             let mut copy = device.upload(&vec![9.0; n]);
             device.copy(&y, &mut copy);
-            let sums =
-                [device.sum(&x), device.dot(&x, &y), device.sum_of_squares(&y), device.sums_of_squares(&[&x, &y])];
+            let sums = [device.sum(&x), device.dot(&x, &y), device.sum_of_squares(&y)];
             vec![
                 ("axpy", device.read(&y)),
                 ("scale", device.read(&x)),
@@ -306,15 +305,41 @@ fn cross_entropy_of_some_rows() {
 }
 
 #[test]
+fn a_tally_adds_losses_and_squares_and_clips() {
+    for (max_norm, loss) in [(0.5, 1.0), (1e9, 1.0), (0.0, 1.0), (0.5, f32::NAN), (0.5, f32::INFINITY)] {
+        twins!(format!("{max_norm} {loss}"), 1e-7, |device| {
+            let mut tally = device.tally();
+            device.tally_losses(0.25, &device.upload(&noise(1, 1003)), &mut tally);
+            device.tally_losses(0.5, &device.upload(&[loss, 3.0]), &mut tally);
+            let gradients = [77, 0, 4096 * 256 + 13].map(|n| device.upload(&noise(2, n)));
+            device.tally_gradients(&gradients.each_ref(), max_norm, &mut tally);
+            let tally = device.read_tally(&tally);
+            assert_eq!(tally.factor.is_nan(), !loss.is_finite());
+            // Apart, since their sizes differ; a factor that is not a number has some bits or other.
+            let factor = if tally.factor.is_nan() { 0.0 } else { tally.factor };
+            vec![
+                ("loss", vec![tally.loss as f32]),
+                ("squares", vec![tally.squares as f32]),
+                ("factor", vec![factor as f32]),
+            ]
+        });
+    }
+}
+
+#[test]
 fn adamw_updates() {
     for n in LENGTHS {
         twins!(format!("{n} elements"), 1e-6, |device| {
-            let mut step =
-                AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 0, grad_scale: 0.5 };
+            let mut step = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 0 };
             let (mut p, mut m, mut v) = (device.upload(&noise(1, n)), device.zeros(n), device.zeros(n));
-            for t in 1..=3 {
+            for t in 1..=4 {
                 step.step = t;
-                device.adamw(&step, &mut p, &device.upload(&noise(10 + t, n)), &mut m, &mut v);
+                let gradient = device.upload(&noise(10 + t, n));
+                let mut tally = device.tally();
+                // The fourth one does not count.
+                device.tally_losses(1.0, &device.upload(&[if t == 4 { f32::NAN } else { 1.0 }]), &mut tally);
+                device.tally_gradients(&[&gradient], 0.5, &mut tally);
+                device.adamw(&step, &tally, &mut p, &gradient, &mut m, &mut v);
             }
             vec![("p", device.read(&p)), ("m", device.read(&m)), ("v", device.read(&v))]
         });

@@ -90,7 +90,8 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
             pending.push((places, collective.begin_all_reduce(device, gradients)));
         };
         let scale = 1.0 / collective.world_size() as f32;
-        let loss = model.forward_backward_then(&tokens, share, LEN, scale, &mut ready).unwrap();
+        let mut tally = model.device().tally();
+        model.forward_backward_then(&tokens, share, LEN, scale, &mut tally, &mut ready).unwrap();
         for (places, sum) in pending {
             for (i, gradient) in places.into_iter().zip(sum().unwrap()) {
                 model.params_mut()[i].grad = Some(gradient);
@@ -104,9 +105,8 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
         }
         model.zero_grad();
         model.device().status().unwrap();
-        let all = collective.gather(&loss.to_le_bytes()).unwrap();
-        let all = all.iter().map(|bytes| f64::from_le_bytes(bytes[..].try_into().unwrap()));
-        losses.push(all.sum::<f64>() / collective.world_size() as f64);
+        let all = collective.gather(&model.device().read_tally(&tally).loss.to_le_bytes()).unwrap();
+        losses.push(all.iter().map(|bytes| f64::from_le_bytes(bytes[..].try_into().unwrap())).sum());
     }
     losses
 }

@@ -7,7 +7,7 @@ mod autograd;
 use autograd::{
     added, assert_close, backward, constant, cross_entropy, grad, indices, noise, rms_norm, rope, swiglu, values, var,
 };
-use relora_kit::ops::{AdamW, AttentionShape, Cpu, Device, Dropout, IGNORE, Mat, MatMut, RopeShape};
+use relora_kit::ops::{AdamW, AttentionShape, Cpu, Device, Dropout, IGNORE, Mat, MatMut, RopeShape, Tally};
 
 const PASS: f64 = 2e-6;
 const SUMS: f64 = 1e-5;
@@ -195,8 +195,8 @@ fn adamw_on_gradients_of_candle_follows_its_formula_in_tensors() {
     let (mut wide_m, mut wide_v) = (constant(&m, &[n]), constant(&v, &[n]));
     for step in 1..=6 {
         let g: Vec<f32> = values(&gradient(&var(&p, &[n]))).iter().map(|&g| g as f32).collect();
-        let settings = AdamW { lr, beta1, beta2, eps, weight_decay, step, grad_scale };
-        Cpu.adamw(&settings, &mut p, &g, &mut m, &mut v);
+        let settings = AdamW { lr, beta1, beta2, eps, weight_decay, step };
+        Cpu.adamw(&settings, &Tally { factor: grad_scale, ..Tally::default() }, &mut p, &g, &mut m, &mut v);
 
         let g = (gradient(&wide) * grad_scale).unwrap();
         wide_m = ((wide_m * beta1).unwrap() + (&g * (1.0 - beta1)).unwrap()).unwrap();

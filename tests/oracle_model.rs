@@ -5,7 +5,7 @@ mod common;
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},
     model::{LoraSpec, Model},
-    ops::{AdamW, Cpu, Device},
+    ops::{AdamW, Cpu, Device, Tally},
 };
 use serde_json::Value;
 use std::{
@@ -140,21 +140,15 @@ impl Trainer {
     fn update(&mut self, tokens: &[u32], batch: usize, lr: f64) -> (f64, f64) {
         self.model.zero_grad();
         let loss = self.model.forward_backward(tokens, batch, tokens.len() / batch, 1.0).unwrap();
-        let squares = self.model.params().iter().filter_map(|p| p.grad.as_ref()).map(|g| Cpu.sum_of_squares(g));
-        let norm = squares.sum::<f64>().sqrt();
+        let gradients: Vec<&Vec<f32>> = self.model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
+        let mut tally = Tally::default();
+        Cpu.tally_gradients(&gradients, 1.0, &mut tally);
+        let norm = tally.squares.sqrt();
         self.step += 1;
-        let settings = AdamW {
-            lr,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-            step: self.step,
-            grad_scale: (1.0 / (norm + 1e-6)).min(1.0),
-        };
+        let settings = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step: self.step };
         for (param, [m, v]) in self.model.params_mut().iter_mut().zip(&mut self.moments) {
             if let Some(grad) = &param.grad {
-                Cpu.adamw(&settings, &mut param.value, grad, m, v);
+                Cpu.adamw(&settings, &tally, &mut param.value, grad, m, v);
             }
         }
         (loss, norm)

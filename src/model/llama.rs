@@ -70,31 +70,43 @@ impl<D: Device> Workspace<D> {
     }
 }
 
+/// Of a batch: the last token of a window predicts none.
+fn predictions(batch: usize, len: usize) -> f64 {
+    (batch * (len - 1)) as f64
+}
+
 impl<D: Device> Model<D> {
     /// One forward and backward over `batch` windows of `len` tokens (row-major); inside each window, token t predicts
     /// token t+1. Returns the mean loss of the `batch · (len - 1)` predictions, in nats, and adds `grad_scale` times its
     /// gradient to the gradients of what trains.
     pub fn forward_backward(&mut self, tokens: &[u32], batch: usize, len: usize, grad_scale: f32) -> Result<f64> {
-        self.forward_backward_then(tokens, batch, len, grad_scale, &mut |_, _, _| {})
+        let mut tally = self.device.tally();
+        self.forward_backward_then(tokens, batch, len, grad_scale, &mut tally, &mut |_, _, _| {})?;
+        self.device.status()?;
+        Ok(self.sum_of_losses() / predictions(batch, len))
     }
 
-    /// [`Model::forward_backward`] that calls `ready` with the places of parameters as soon as their gradients are complete,
-    /// while the backward goes on: it will not look at them again, and they may be taken away for the time being.
+    /// [`Model::forward_backward`] that does not wait for the device: `grad_scale` times the mean loss is added to `tally`.
+    /// It calls `ready` with the places of parameters as soon as their gradients are complete, while the backward goes on:
+    /// it will not look at them again, and they may be taken away for the time being.
     pub fn forward_backward_then(
         &mut self,
         tokens: &[u32],
         batch: usize,
         len: usize,
         grad_scale: f32,
+        tally: &mut D::Tally,
         ready: &mut Ready<D>,
-    ) -> Result<f64> {
+    ) -> Result<()> {
         self.check_tokens(tokens, batch, len, 2)?;
         self.run_blocks(tokens, batch, len, self.dropout());
-        let predictions = (batch * (len - 1)) as f64;
-        self.run_head(tokens, len, Some((f64::from(grad_scale) / predictions) as f32));
+        let scale = f64::from(grad_scale) / predictions(batch, len);
+        self.run_head(tokens, len, Some(scale as f32));
+        if let Some(workspace) = &self.workspace {
+            self.device.tally_losses(scale, &workspace.losses, tally);
+        }
         self.run_backward(tokens, ready);
-        self.device.status()?;
-        Ok(self.sum_of_losses() / predictions)
+        Ok(())
     }
 
     /// Sum of the losses, in nats, and the number of predictions; no gradients.

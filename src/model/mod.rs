@@ -150,7 +150,10 @@ impl<D: Device> Model<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{checkpoint::Dtype, ops::Cpu};
+    use crate::{
+        checkpoint::Dtype,
+        ops::{Cpu, Tally},
+    };
     use serde_json::json;
     use std::{fs, path::Path};
     use tempfile::TempDir;
@@ -336,7 +339,7 @@ mod tests {
                         taken[at] = params[at].grad.take();
                     }
                 };
-                model.forward_backward_then(&TOKENS, 3, 5, 1.0, &mut take).unwrap();
+                model.forward_backward_then(&TOKENS, 3, 5, 1.0, &mut Tally::default(), &mut take).unwrap();
                 assert_eq!(seen, vec![1; whole.len()]);
                 assert_eq!(taken, whole);
             }

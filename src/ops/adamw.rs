@@ -19,8 +19,6 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// Updates of this tensor, this one included: 1 for the first.
     pub step: u64,
-    /// The gradient is multiplied by this first: clipping, accumulation.
-    pub grad_scale: f64,
 }
 
 /// The numbers that every element is computed with.
@@ -33,7 +31,6 @@ pub(super) struct Factors {
     pub size: f32,
     pub root: f32,
     pub eps: f32,
-    pub grad_scale: f32,
 }
 
 impl AdamW {
@@ -48,22 +45,25 @@ impl AdamW {
             size: (self.lr / (1.0 - self.beta1.powf(t))) as f32,
             root: (1.0 / (1.0 - self.beta2.powf(t)).sqrt()) as f32,
             eps: self.eps as f32,
-            grad_scale: self.grad_scale as f32,
         }
     }
 }
 
-pub fn update(step: &AdamW, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+/// With the gradient times `factor`; nothing, if that is NaN.
+pub fn update(step: &AdamW, factor: f64, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     assert_eq!((g.len(), m.len(), v.len()), (p.len(), p.len(), p.len()), "adamw: lengths");
+    if factor.is_nan() {
+        return;
+    }
     let blocks =
         p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
     let factors = step.factors();
-    blocks.for_each(|(((p, g), m), v)| update_block(&factors, p, g, m, v));
+    blocks.for_each(|(((p, g), m), v)| update_block(&factors, factor as f32, p, g, m, v));
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
-fn update_block(factors: &Factors, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let &Factors { keep, b1, c1, b2, c2, size, root, eps, grad_scale } = factors;
+fn update_block(factors: &Factors, grad_scale: f32, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    let &Factors { keep, b1, c1, b2, c2, size, root, eps } = factors;
     for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * grad_scale;
         *m = b1 * *m + c1 * g;
@@ -80,14 +80,13 @@ mod tests {
     #[test]
     fn updates_match_the_formula_in_f64() {
         let n = 53;
-        let mut settings =
-            AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step: 0, grad_scale: 0.5 };
+        let mut settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step: 0 };
         let (mut p, mut m, mut v) = (noise(1, n), vec![0.0; n], vec![0.0; n]);
         let (mut p64, mut m64, mut v64) = (wide(&p), vec![0.0f64; n], vec![0.0f64; n]);
         for t in 1..=5u64 {
             settings.step = t;
             let g = noise(10 + t, n);
-            update(&settings, &mut p, &g, &mut m, &mut v);
+            update(&settings, 0.5, &mut p, &g, &mut m, &mut v);
             for i in 0..n {
                 let g = f64::from(g[i]) * 0.5;
                 p64[i] *= 1.0 - 1e-2 * 0.1;
@@ -100,5 +99,8 @@ mod tests {
             assert_close("m", &m, &m64, 1e-6);
             assert_close("v", &v, &v64, 1e-6);
         }
+        let before = (p.clone(), m.clone(), v.clone());
+        update(&settings, f64::NAN, &mut p, &noise(20, n), &mut m, &mut v);
+        assert!((p, m, v) == before);
     }
 }

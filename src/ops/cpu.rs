@@ -1,8 +1,8 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, adamw, attention, cross_entropy, dropout,
-    elementwise, embedding, matmul, rms_norm, rope, round, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally, adamw, attention, cross_entropy,
+    dropout, elementwise, embedding, matmul, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -14,6 +14,7 @@ pub struct Cpu;
 impl Device for Cpu {
     type Buffer = Vec<f32>;
     type Tokens = Vec<u32>;
+    type Tally = Tally;
 
     fn zeros(&self, len: usize) -> Vec<f32> {
         vec![0.0; len]
@@ -183,7 +184,24 @@ impl Device for Cpu {
         elementwise::sum(x)
     }
 
-    fn adamw(&self, step: &AdamW, p: &mut Vec<f32>, g: &Vec<f32>, m: &mut Vec<f32>, v: &mut Vec<f32>) {
-        adamw::update(step, p, g, m, v);
+    fn tally(&self) -> Tally {
+        Tally::default()
+    }
+
+    fn tally_losses(&self, scale: f64, losses: &Vec<f32>, tally: &mut Tally) {
+        tally.loss += scale * elementwise::sum(losses);
+    }
+
+    fn tally_gradients(&self, gradients: &[&Vec<f32>], max_norm: f64, tally: &mut Tally) {
+        tally.squares += gradients.iter().map(|g| elementwise::sum_of_squares(g)).sum::<f64>();
+        tally.clip(max_norm);
+    }
+
+    fn read_tally(&self, tally: &Tally) -> Tally {
+        *tally
+    }
+
+    fn adamw(&self, step: &AdamW, tally: &Tally, p: &mut Vec<f32>, g: &Vec<f32>, m: &mut Vec<f32>, v: &mut Vec<f32>) {
+        adamw::update(step, tally.factor, p, g, m, v);
     }
 }

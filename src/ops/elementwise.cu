@@ -23,10 +23,10 @@ extern "C" __global__ void sum_parts(const float* x, u64 n, double* parts) {
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-// One block: total += the sum of all parts.
-extern "C" __global__ void add_parts(const double* parts, u32 count, double* total) {
+// One block: total += scale * the sum of all parts.
+extern "C" __global__ void add_parts(const double* parts, u32 count, double scale, double* total) {
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < count; i += THREADS) sum += parts[i];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) *total += sum;
+    if (threadIdx.x == 0) *total += scale * sum;
 }

@@ -28,6 +28,7 @@ mod rms_norm;
 mod rope;
 mod round;
 mod swiglu;
+mod tally;
 
 pub use adamw::AdamW;
 pub use attention::AttentionShape;
@@ -41,6 +42,7 @@ pub use matmul::{Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};
 pub use rope::RopeShape;
 pub use round::Rounding;
+pub use tally::Tally;
 
 use crate::error::Result;
 use std::borrow::Cow;
@@ -51,6 +53,8 @@ pub trait Device: Send + Sync {
     type Buffer: Send + Sync + 'static;
     /// u32 elements on the device: token ids.
     type Tokens: Send + Sync;
+    /// A [`Tally`] on the device.
+    type Tally: Send + Sync;
 
     /// A new buffer of zeros.
     fn zeros(&self, len: usize) -> Self::Buffer;
@@ -91,10 +95,6 @@ pub trait Device: Send + Sync {
     fn round_to_bf16(&self, rounding: Rounding, x: &mut Self::Buffer);
     /// `sum x²`, in f64.
     fn sum_of_squares(&self, x: &Self::Buffer) -> f64;
-    /// `sum x²` over all elements of all these buffers, in f64: waits once where each [`Device::sum_of_squares`] would.
-    fn sums_of_squares(&self, buffers: &[&Self::Buffer]) -> f64 {
-        buffers.iter().map(|x| self.sum_of_squares(x)).sum()
-    }
     /// `sum x · y`, in f64.
     fn dot(&self, x: &Self::Buffer, y: &Self::Buffer) -> f64;
 
@@ -188,8 +188,26 @@ pub trait Device: Send + Sync {
     /// `sum x`, in f64; the order of the sum depends on the length alone.
     fn sum(&self, x: &Self::Buffer) -> f64;
 
-    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g` and moments `m`, `v`.
-    fn adamw(&self, step: &AdamW, p: &mut Self::Buffer, g: &Self::Buffer, m: &mut Self::Buffer, v: &mut Self::Buffer);
+    /// A tally of nothing.
+    fn tally(&self) -> Self::Tally;
+    /// Adds `scale · sum losses`, in f64, to the tally's loss.
+    fn tally_losses(&self, scale: f64, losses: &Self::Buffer, tally: &mut Self::Tally);
+    /// Adds the squares of all elements of these buffers, in f64, and then clips: see [`Tally::clip`].
+    fn tally_gradients(&self, gradients: &[&Self::Buffer], max_norm: f64, tally: &mut Self::Tally);
+    /// The tally's numbers: waits for everything that was asked for.
+    fn read_tally(&self, tally: &Self::Tally) -> Tally;
+
+    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the tally's factor, and moments `m`,
+    /// `v`. Nothing moves where the factor is NaN.
+    fn adamw(
+        &self,
+        step: &AdamW,
+        tally: &Self::Tally,
+        p: &mut Self::Buffer,
+        g: &Self::Buffer,
+        m: &mut Self::Buffer,
+        v: &mut Self::Buffer,
+    );
 }
 
 #[cfg(test)]

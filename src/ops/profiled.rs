@@ -1,7 +1,7 @@
 //! A device that notes how long each operation of another one takes. It waits for each, so that a device that works while
 //! the host goes on is timed, too.
 
-use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding};
+use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally};
 use crate::error::Result;
 use serde::Serialize;
 use std::{
@@ -127,6 +127,7 @@ impl<D: Device> Profiled<D> {
 impl<D: Device> Device for Profiled<D> {
     type Buffer = D::Buffer;
     type Tokens = D::Tokens;
+    type Tally = D::Tally;
 
     fn zeros(&self, len: usize) -> D::Buffer {
         self.note_allocation(len);
@@ -200,10 +201,6 @@ impl<D: Device> Device for Profiled<D> {
 
     fn sum_of_squares(&self, x: &D::Buffer) -> f64 {
         self.time("sum of squares", |d| d.sum_of_squares(x))
-    }
-
-    fn sums_of_squares(&self, buffers: &[&D::Buffer]) -> f64 {
-        self.time("sum of squares", |d| d.sums_of_squares(buffers))
     }
 
     fn dot(&self, x: &D::Buffer, y: &D::Buffer) -> f64 {
@@ -306,8 +303,32 @@ impl<D: Device> Device for Profiled<D> {
         self.time("sum", |d| d.sum(x))
     }
 
-    fn adamw(&self, step: &AdamW, p: &mut D::Buffer, g: &D::Buffer, m: &mut D::Buffer, v: &mut D::Buffer) {
-        self.time("adamw", |d| d.adamw(step, p, g, m, v));
+    fn tally(&self) -> D::Tally {
+        self.time("allocate", |d| d.tally())
+    }
+
+    fn tally_losses(&self, scale: f64, losses: &D::Buffer, tally: &mut D::Tally) {
+        self.time("sum", |d| d.tally_losses(scale, losses, tally));
+    }
+
+    fn tally_gradients(&self, gradients: &[&D::Buffer], max_norm: f64, tally: &mut D::Tally) {
+        self.time("gradient norm", |d| d.tally_gradients(gradients, max_norm, tally));
+    }
+
+    fn read_tally(&self, tally: &D::Tally) -> Tally {
+        self.time("download", |d| d.read_tally(tally))
+    }
+
+    fn adamw(
+        &self,
+        step: &AdamW,
+        tally: &D::Tally,
+        p: &mut D::Buffer,
+        g: &D::Buffer,
+        m: &mut D::Buffer,
+        v: &mut D::Buffer,
+    ) {
+        self.time("adamw", |d| d.adamw(step, tally, p, g, m, v));
     }
 }
 

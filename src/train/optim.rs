@@ -33,14 +33,15 @@ impl<D: Device> Optimizer<D> {
         Optimizer { moments: BTreeMap::new() }
     }
 
-    /// Global norm of the gradient of everything trained.
-    pub fn grad_norm(model: &Model<D>) -> f64 {
-        let device = model.device();
-        device.sums_of_squares(&model.params().iter().filter_map(|p| p.grad.as_ref()).collect::<Vec<_>>()).sqrt()
+    /// Adds the gradient of everything trained to the tally, and clips it.
+    pub fn measure(model: &Model<D>, max_norm: f64, tally: &mut D::Tally) {
+        let gradients: Vec<&D::Buffer> = model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
+        model.device().tally_gradients(&gradients, max_norm, tally);
     }
 
-    /// One update of everything trained, with the gradient scaled by `grad_scale` (clipping).
-    pub fn update(&mut self, model: &mut Model<D>, lr: f64, grad_scale: f64, config: &TrainConfig) {
+    /// Asks for one update of everything trained. It counts once [`Optimizer::count_update`] says so: whether it moves
+    /// anything is up to the tally, which the host may not have seen yet.
+    pub fn update(&mut self, model: &mut Model<D>, lr: f64, tally: &D::Tally, config: &TrainConfig) {
         let (device, params) = model.device_and_params_mut();
         for param in params.iter_mut() {
             let Some(grad) = &param.grad else { continue };
@@ -50,17 +51,22 @@ impl<D: Device> Optimizer<D> {
                 v: device.zeros(len),
                 t: 0,
             });
-            moments.t += 1;
             let hyper = AdamW {
                 lr,
                 beta1: config.adam_beta1,
                 beta2: config.adam_beta2,
                 eps: config.adam_eps,
                 weight_decay: config.weight_decay,
-                step: moments.t,
-                grad_scale,
+                step: moments.t + 1,
             };
-            device.adamw(&hyper, &mut param.value, grad, &mut moments.m, &mut moments.v);
+            device.adamw(&hyper, tally, &mut param.value, grad, &mut moments.m, &mut moments.v);
+        }
+    }
+
+    /// The update that was asked for has moved the weights.
+    pub fn count_update(&mut self, model: &Model<D>) {
+        for param in model.params().iter().filter(|p| p.grad.is_some()) {
+            self.moments.get_mut(&param.name).into_iter().for_each(|moments| moments.t += 1);
         }
     }
 

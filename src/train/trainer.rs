@@ -12,7 +12,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     model::{LoraSpec, Model, ParamKind},
-    ops::{Device, Rounding},
+    ops::{Device, Rounding, Tally},
 };
 
 /// A model in training, and where it is.
@@ -254,25 +254,28 @@ impl<D: Device> Trainer<D> {
             self.step += 1;
             return Ok(Update { loss: f64::NAN, lr, grad_norm: f64::NAN, outcome: UpdateOutcome::PassedOver });
         }
-        let mut loss = 0.0;
+        let mut tally = self.model.device().tally();
         for pass in 0..accumulation {
             self.model.set_dropout_key(mix(t.seed ^ mix(self.step ^ mix(pass as u64))));
             self.tokens.clear();
             self.windows.read(&self.shard, sample, batch, &mut self.tokens)?;
-            loss += self.model.forward_backward(&self.tokens, batch, len, 1.0 / accumulation as f32)?;
+            let share = 1.0 / accumulation as f32;
+            self.model.forward_backward_then(&self.tokens, batch, len, share, &mut tally, &mut |_, _, _| {})?;
             sample += batch as u64;
         }
-        loss /= accumulation as f64;
+        Optimizer::measure(&self.model, t.clip_grad_norm, &mut tally);
+        self.optimizer.update(&mut self.model, lr, &tally, &t);
+        // Where nothing moved, this moves nothing either.
+        let (mode, seed, low_rank) = (t.rounding, self.rounding_seed(), self.model.lora().is_some());
+        self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
 
-        let grad_norm = Optimizer::grad_norm(&self.model);
+        // Here the host waits, and nowhere else.
+        let Tally { loss, squares, factor } = self.model.device().read_tally(&tally);
         self.model.device().status()?;
-        let applied = loss.is_finite() && grad_norm.is_finite();
-        if applied {
-            self.optimizer.update(&mut self.model, lr, clip_factor(grad_norm, t.clip_grad_norm), &t);
-            let (mode, seed, low_rank) = (t.rounding, self.rounding_seed(), self.model.lora().is_some());
-            self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
-        } else {
-            self.skipped += 1;
+        let (grad_norm, applied) = (squares.sqrt(), !factor.is_nan());
+        match applied {
+            true => self.optimizer.count_update(&self.model),
+            false => self.skipped += 1,
         }
         // Now, not before the next pass: an evaluation between them needs the memory.
         self.model.zero_grad();
@@ -313,9 +316,4 @@ fn rounding(mode: WeightRounding, seed: u64, at: usize) -> Rounding {
         WeightRounding::Nearest => Rounding::Nearest,
         WeightRounding::Stochastic => Rounding::Stochastic(mix(seed ^ mix(at as u64))),
     }
-}
-
-/// `torch.nn.utils.clip_grad_norm_`: `min(1, max_norm / (norm + 1e-6))`; no clipping for 0.
-fn clip_factor(norm: f64, max_norm: f64) -> f64 {
-    if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }

@@ -39,7 +39,7 @@ macro_rules! source {
     };
 }
 
-const SOURCES: [Source; 10] = [
+const SOURCES: [Source; 11] = [
     source!("adamw.cu": "adamw"),
     source!("attention.cu": "attention_forward_32", "attention_forward_16", "attention_delta",
         "attention_backward_q_32", "attention_backward_q_16", "attention_backward_q_8",
@@ -52,6 +52,7 @@ const SOURCES: [Source; 10] = [
     source!("rope.cu": "rope"),
     source!("round.cu": "round_nearest", "round_stochastic"),
     source!("swiglu.cu": "swiglu_forward", "swiglu_backward"),
+    source!("tally.cu": "clip"),
 ];
 
 /// The kernels by name, loaded. Modules stay loaded as long as the context.

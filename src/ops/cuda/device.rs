@@ -3,7 +3,7 @@
 use super::{Arg, Cuda, Extents, THREADS, blocks, driver::Memory};
 use crate::{
     error::Result,
-    ops::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding},
+    ops::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally},
 };
 use std::{collections::BTreeMap, sync::PoisonError};
 
@@ -38,6 +38,15 @@ pub struct CudaTokens {
     host: Vec<u32>,
 }
 
+/// Three f64: loss, sum of squares, factor.
+pub struct CudaTally(Memory);
+
+impl CudaTally {
+    fn at(&self, index: u64) -> Arg {
+        Arg::U64(self.0.address() + 8 * index)
+    }
+}
+
 /// Rows that one thread adds up in the gradient of a norm's weight: `ROWS` of rms_norm.cu.
 const NORM_ROWS: usize = 64;
 
@@ -48,22 +57,25 @@ const WARPS: u32 = THREADS / 32;
 const PARTS: u32 = 1024;
 
 impl Cuda {
-    /// Adds up the parts that `kernel` makes of each buffer (or pair of buffers, of one length), in f64. The host waits once.
-    fn sum_parts(&self, kernel: &'static str, buffers: &[&[&CudaBuffer]]) -> f64 {
-        let mut total = self.allocate(2);
+    /// Adds `scale` times the parts that `kernel` makes of `buffers`, all of one length, in f64, to the number at `total`.
+    fn add_up(&self, kernel: &'static str, buffers: &[&CudaBuffer], scale: f64, total: Arg) {
         let parts = self.allocate(2 * PARTS as usize);
-        self.attempt(|_| total.fill(0));
-        for buffers in buffers {
-            let len = buffers.first().map_or(0, |b| b.len);
-            // Several elements per thread, so that the sum within a block is not most of the work.
-            let count = blocks(len.div_ceil(8)).min(PARTS);
-            let mut args: Vec<Arg> = buffers.iter().map(|b| Arg::from(*b)).collect();
-            args.extend([len.into(), (&parts).into()]);
-            self.launch(kernel, [count, 1, 1], 0, &args);
-            if count > 0 {
-                self.launch("add_parts", [1; 3], 0, &[(&parts).into(), count.into(), (&total).into()]);
-            }
+        let len = buffers.first().map_or(0, |b| b.len);
+        // Several elements per thread, so that the sum within a block is not most of the work.
+        let count = blocks(len.div_ceil(8)).min(PARTS);
+        let mut args: Vec<Arg> = buffers.iter().map(|b| Arg::from(*b)).collect();
+        args.extend([len.into(), (&parts).into()]);
+        self.launch(kernel, [count, 1, 1], 0, &args);
+        if count > 0 {
+            self.launch("add_parts", [1; 3], 0, &[(&parts).into(), count.into(), scale.into(), total]);
         }
+    }
+
+    /// The sum of the parts that `kernel` makes of `buffers`. The host waits for it.
+    fn sum_of(&self, kernel: &'static str, buffers: &[&CudaBuffer]) -> f64 {
+        let mut total = self.allocate(2);
+        self.attempt(|_| total.fill(0));
+        self.add_up(kernel, buffers, 1.0, (&total).into());
         let mut sum = [0f64];
         self.attempt(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
     }
@@ -83,6 +95,7 @@ fn shared_bytes(tile: usize, head_dim: usize, whole: usize, square: usize) -> u3
 impl Device for Cuda {
     type Buffer = CudaBuffer;
     type Tokens = CudaTokens;
+    type Tally = CudaTally;
 
     fn zeros(&self, len: usize) -> CudaBuffer {
         let mut memory = self.allocate(len);
@@ -173,18 +186,13 @@ impl Device for Cuda {
         self.dot(x, x)
     }
 
-    fn sums_of_squares(&self, buffers: &[&CudaBuffer]) -> f64 {
-        let pairs: Vec<[&CudaBuffer; 2]> = buffers.iter().map(|&b| [b, b]).collect();
-        self.sum_parts("dot_parts", &pairs.iter().map(|p| &p[..]).collect::<Vec<_>>())
-    }
-
     fn dot(&self, x: &CudaBuffer, y: &CudaBuffer) -> f64 {
         assert_eq!(x.len, y.len, "dot: lengths");
-        self.sum_parts("dot_parts", &[&[x, y]])
+        self.sum_of("dot_parts", &[x, y])
     }
 
     fn sum(&self, x: &CudaBuffer) -> f64 {
-        self.sum_parts("sum_parts", &[&[x]])
+        self.sum_of("sum_parts", &[x])
     }
 
     fn dropout_forward(&self, dropout: Dropout, x: &CudaBuffer, y: &mut CudaBuffer) {
@@ -380,11 +388,41 @@ impl Device for Cuda {
         self.launch("cross_entropy", [rows as u32, 1, 1], 0, &args);
     }
 
-    fn adamw(&self, step: &AdamW, p: &mut CudaBuffer, g: &CudaBuffer, m: &mut CudaBuffer, v: &mut CudaBuffer) {
+    fn tally(&self) -> CudaTally {
+        let mut memory = self.allocate(6);
+        self.attempt(|_| memory.fill(0));
+        CudaTally(memory)
+    }
+
+    fn tally_losses(&self, scale: f64, losses: &CudaBuffer, tally: &mut CudaTally) {
+        self.add_up("sum_parts", &[losses], scale, tally.at(0));
+    }
+
+    fn tally_gradients(&self, gradients: &[&CudaBuffer], max_norm: f64, tally: &mut CudaTally) {
+        gradients.iter().for_each(|gradient| self.add_up("dot_parts", &[gradient, gradient], 1.0, tally.at(1)));
+        self.launch("clip", [1; 3], 0, &[tally.at(0), max_norm.into()]);
+    }
+
+    fn read_tally(&self, tally: &CudaTally) -> Tally {
+        let mut numbers = [f64::NAN; 3];
+        self.attempt(|_| tally.0.read(&mut numbers));
+        let [loss, squares, factor] = numbers;
+        Tally { loss, squares, factor }
+    }
+
+    fn adamw(
+        &self,
+        step: &AdamW,
+        tally: &CudaTally,
+        p: &mut CudaBuffer,
+        g: &CudaBuffer,
+        m: &mut CudaBuffer,
+        v: &mut CudaBuffer,
+    ) {
         assert_eq!((g.len, m.len, v.len), (p.len, p.len, p.len), "adamw: lengths");
         let f = step.factors();
-        let args = [(&p).into(), g.into(), (&m).into(), (&v).into(), p.len.into()];
-        let factors = [f.keep, f.b1, f.c1, f.b2, f.c2, f.size, f.root, f.eps, f.grad_scale].map(Arg::from);
+        let args = [(&p).into(), g.into(), (&m).into(), (&v).into(), p.len.into(), tally.at(0)];
+        let factors = [f.keep, f.b1, f.c1, f.b2, f.c2, f.size, f.root, f.eps].map(Arg::from);
         self.launch_each("adamw", p.len, &args.into_iter().chain(factors).collect::<Vec<_>>());
     }
 }

@@ -139,6 +139,7 @@ enum Arg {
     U32(u32),
     U64(u64),
     F32(f32),
+    F64(f64),
     /// `struct Extents` of attention.cu.
     Extents(Extents),
 }
@@ -159,6 +160,7 @@ impl Arg {
             Arg::U32(x) => std::ptr::from_ref(x).cast(),
             Arg::U64(x) => std::ptr::from_ref(x).cast(),
             Arg::F32(x) => std::ptr::from_ref(x).cast(),
+            Arg::F64(x) => std::ptr::from_ref(x).cast(),
             Arg::Extents(x) => std::ptr::from_ref(x).cast(),
         };
         pointer.cast_mut()
@@ -187,6 +189,12 @@ impl From<usize> for Arg {
 impl From<f32> for Arg {
     fn from(x: f32) -> Arg {
         Arg::F32(x)
+    }
+}
+
+impl From<f64> for Arg {
+    fn from(x: f64) -> Arg {
+        Arg::F64(x)
     }
 }
 
