@@ -21,6 +21,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <random>
@@ -76,7 +77,12 @@ struct Allocation {
 };
 
 static std::map<CUdeviceptr, Allocation> allocations;
-static size_t used;
+static size_t used, used_most;
+// What the pool has got and keeps. A pool gets more when it has too little, as a driver does it; the program should have
+// reserved what it needs.
+static unsigned long long reserved, growths;
+// How often the host has waited for the GPU.
+static unsigned long long waits;
 
 static void poison(void* start, size_t bytes) {
     for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy((char*)start + i, &POISON, 4);
@@ -424,6 +430,8 @@ struct Module {
 };
 
 static Context context;
+static int the_pool;
+static std::map<char*, size_t> locked;
 static thread_local Context* bound;
 static std::map<Stream*, bool> streams;
 
@@ -479,6 +487,7 @@ CUresult cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
         case 75: *value = 8; return OK; // compute capability
         case 76: *value = 0; return OK;
+        case 115: *value = 1; return OK; // memory pools
     }
     return INVALID_VALUE;
 }
@@ -520,13 +529,54 @@ CUresult cuStreamSynchronize(Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
     finish(stream);
+    waits++;
     for (auto& [address, a] : allocations) check_before(address, a);
     return sticky;
 }
 
-CUresult cuMemAlloc_v2(CUdeviceptr* result, size_t bytes) {
+// For tests: how often the host has waited so far, and how often the pool had to grow.
+unsigned long long cuda_double_waits() {
+    return waits;
+}
+
+unsigned long long cuda_double_growths() {
+    return growths;
+}
+
+CUresult cuMemPoolCreate(int** pool, const void* properties) {
     READY_OR_RETURN;
-    if (bytes == 0) return INVALID_VALUE;
+    // Pinned memory of device 0 or another: type, handles, kind of the location, its number.
+    const int* p = (const int*)properties;
+    if (p[0] != 1 || p[1] != 0 || p[2] != 1 || p[3] >= (int)setting("CUDA_DOUBLE_DEVICES", 1)) return INVALID_VALUE;
+    *pool = &the_pool;
+    return OK;
+}
+
+CUresult cuMemPoolDestroy(int* pool) {
+    READY_OR_RETURN;
+    return pool == &the_pool ? OK : INVALID_VALUE;
+}
+
+CUresult cuMemPoolSetAttribute(int* pool, int attribute, void*) {
+    READY_OR_RETURN;
+    return pool == &the_pool && attribute == 4 ? OK : INVALID_VALUE;
+}
+
+CUresult cuMemPoolGetAttribute(int* pool, int attribute, unsigned long long* value) {
+    READY_OR_RETURN;
+    if (pool != &the_pool) return INVALID_VALUE;
+    switch (attribute) {
+        case 5: *value = reserved; return OK;
+        case 7: *value = used; return OK;
+        case 8: *value = used_most; return OK;
+    }
+    return INVALID_VALUE;
+}
+
+CUresult cuMemAllocFromPoolAsync(CUdeviceptr* result, size_t bytes, int* pool, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    if (bytes == 0 || pool != &the_pool) return INVALID_VALUE;
     if (used + bytes > setting("CUDA_DOUBLE_MEMORY", 1ull << 31)) return OUT_OF_MEMORY;
     size_t pages = (bytes + page() - 1) / page() * page();
     Allocation a;
@@ -541,11 +591,18 @@ CUresult cuMemAlloc_v2(CUdeviceptr* result, size_t bytes) {
     *result = (CUdeviceptr)(a.pages_end - (bytes + 3) / 4 * 4);
     allocations[*result] = a;
     used += bytes;
+    if (used > used_most) used_most = used;
+    if (used > reserved) {
+        reserved = used;
+        growths++;
+    }
     return OK;
 }
 
-CUresult cuMemFree_v2(CUdeviceptr address) {
+// Whoever touches it from now on is noticed, also where a GPU would not have come to it yet.
+CUresult cuMemFreeAsync(CUdeviceptr address, Stream* stream) {
     READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
     auto found = allocations.find(address);
     if (found == allocations.end()) return INVALID_VALUE;
     check_before(address, found->second);
@@ -558,7 +615,22 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
 CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
     READY_OR_RETURN;
     *total = setting("CUDA_DOUBLE_MEMORY", 1ull << 31);
-    *free = *total - used;
+    *free = *total - reserved;
+    return OK;
+}
+
+// Page-locked memory of the host.
+CUresult cuMemHostAlloc(void** result, size_t bytes, unsigned) {
+    READY_OR_RETURN;
+    *result = malloc(bytes);
+    locked[(char*)*result] = bytes;
+    return *result ? OK : OUT_OF_MEMORY;
+}
+
+CUresult cuMemFreeHost(void* memory) {
+    READY_OR_RETURN;
+    if (!locked.erase((char*)memory)) return INVALID_VALUE;
+    free(memory);
     return OK;
 }
 
@@ -575,6 +647,10 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t byt
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
     if (!inside(target, bytes)) return INVALID_VALUE;
+    // A driver may have to wait before it can take a copy of memory that is not page-locked.
+    auto after = locked.upper_bound((char*)source);
+    bool is_locked = after != locked.begin() && (char*)source + bytes <= std::prev(after)->first + std::prev(after)->second;
+    if (!is_locked) waits++;
     memcpy((void*)target, source, bytes);
     stream->asked++;
     return OK;

@@ -1,6 +1,6 @@
 //! Every operation as a launch of its kernels. What a kernel does, and which grid it expects, stands beside it.
 
-use super::{Arg, Cuda, Extents, THREADS, blocks, driver::Memory};
+use super::{Arg, Cuda, Extents, THREADS, blocks, memory::Memory};
 use crate::{
     error::Result,
     ops::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally},

@@ -1,12 +1,12 @@
-//! The calls into the driver: one GPU, its primary context, one stream, memory. Everything runs on the one stream, so that
-//! operations happen in the order in which they were asked for.
+//! The calls into the driver: one GPU, its primary context, one stream. Everything runs on the one stream, so that operations
+//! happen in the order in which they were asked for.
 
+use super::memory::{Pool, Staging};
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 use std::{
-    collections::HashMap,
-    ffi::{CStr, c_char, c_int, c_void},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    ffi::{CStr, c_char, c_int},
+    sync::Mutex,
 };
 
 /// A GPU, ready to work.
@@ -20,9 +20,8 @@ pub struct Gpu {
     handle: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    /// Memory that nothing uses, by its size: buffers come and go in the same sizes, and the driver waits for the GPU
-    /// whenever it frees.
-    unused: Mutex<HashMap<usize, Vec<u64>>>,
+    pool: Pool,
+    pub(super) staging: Mutex<Staging>,
 }
 
 // SAFETY: the handles are the driver's, which may be used from any thread; each use first makes the context current.
@@ -82,6 +81,14 @@ impl Gpu {
             call("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, handle))?;
             call("cuCtxSetCurrent", sys::cuCtxSetCurrent(context))?;
             call("cuStreamCreate", sys::cuStreamCreate(&mut stream, 1))?;
+            if attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
+                return Err(unavailable("its driver has no memory pools (some virtual GPUs)".into())
+                    .help("use a GPU of its own, or pass --device cpu"));
+            }
+            let pool = Pool::create(ordinal).map_err(|error| {
+                unavailable(format!("cuMemPoolCreate failed with {}", describe(error)))
+                    .help("check the driver with nvidia-smi, or pass --device cpu")
+            })?;
             Ok(Gpu {
                 name,
                 model: CStr::from_ptr(model.as_ptr()).to_string_lossy().into_owned(),
@@ -89,7 +96,8 @@ impl Gpu {
                 handle,
                 context,
                 stream,
-                unused: Mutex::default(),
+                pool,
+                staging: Mutex::default(),
             })
         }
     }
@@ -128,165 +136,34 @@ impl Gpu {
         )
     }
 
+    /// Where its memory comes from.
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
     /// Waits for all that was asked for.
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
+        let mut staging = self.staging();
         // SAFETY: the stream lives as long as `self`.
-        self.check("waiting for the GPU", unsafe { sys::cuStreamSynchronize(self.stream) })
-    }
-
-    /// Bytes that are free, and bytes in all.
-    pub fn memory(&self) -> Result<(u64, u64)> {
-        self.enter()?;
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: the pointers are to variables of the type that the driver writes.
-        self.check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
-        let unused: usize = self.unused().iter().map(|(bytes, blocks)| bytes * blocks.len()).sum();
-        Ok(((free + unused) as u64, total as u64))
-    }
-
-    fn unused(&self) -> MutexGuard<'_, HashMap<usize, Vec<u64>>> {
-        self.unused.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Gives everything that nothing uses back to the driver.
-    fn release_unused(&self) {
-        for address in self.unused().drain().flat_map(|(_, blocks)| blocks) {
-            // SAFETY: nothing points to unused memory; the driver waits for kernels that still use it.
-            unsafe { sys::cuMemFree_v2(address) };
-        }
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<u64> {
-        if let Some(address) = self.unused().get_mut(&bytes).and_then(Vec::pop) {
-            return Ok(address);
-        }
-        self.enter()?;
-        let mut address = 0;
-        // SAFETY: the pointer is to a variable of the type that the driver writes.
-        let mut attempt = || unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
-        let mut result = attempt();
-        if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            self.release_unused();
-            result = attempt();
-        }
-        if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            let (free, total) = self.memory()?;
-            let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
-            return Err(Error::world(format!(
-                "device '{}' ({}) is out of memory: {} were asked for, {} of {} are free",
-                self.name,
-                self.model,
-                mib(bytes as u64),
-                mib(free),
-                mib(total)
-            ))
-            .help("lower train.batch_size or data.max_length, set train.activation_checkpointing = true, or end other programs on the GPU; train --plan tells what a run needs"));
-        }
-        self.check("cuMemAlloc", result)?;
-        Ok(address)
+        self.check("waiting for the GPU", unsafe { sys::cuStreamSynchronize(self.stream) })?;
+        staging.arrived();
+        Ok(())
     }
 }
 
 impl Drop for Gpu {
     fn drop(&mut self) {
         if self.enter().is_ok() {
-            self.release_unused();
-            // SAFETY: every buffer holds the GPU, so nothing uses stream and context any more.
+            // Every buffer holds the GPU, so nothing uses pool, stream and context any more.
+            let _ = self.synchronize();
+            self.staging().free();
+            self.pool.destroy();
+            // SAFETY: as above.
             unsafe { sys::cuStreamDestroy_v2(self.stream) };
         }
         // SAFETY: as above.
         unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
-    }
-}
-
-/// Memory on the GPU. What is dropped is used again: all work is in the order of the one stream.
-pub struct Memory {
-    gpu: Arc<Gpu>,
-    address: u64,
-    bytes: usize,
-}
-
-impl Memory {
-    /// Memory with anything in it; none at all for 0 bytes.
-    pub fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Memory> {
-        let address = if bytes == 0 { 0 } else { gpu.allocate(bytes)? };
-        Ok(Memory { gpu: gpu.clone(), address, bytes })
-    }
-
-    /// Where nothing could be had. No operation may be given it.
-    pub fn none(gpu: &Arc<Gpu>) -> Memory {
-        Memory { gpu: gpu.clone(), address: 0, bytes: 0 }
-    }
-
-    /// Its size.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Of its first byte, as the GPU counts.
-    pub fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// Every 4 bytes to `value`.
-    pub fn fill(&mut self, value: u32) -> Result<()> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.enter()?;
-        // SAFETY: the memory has this size.
-        let result = unsafe { sys::cuMemsetD32Async(self.address, value, self.bytes / 4, self.gpu.stream) };
-        self.gpu.check("cuMemsetD32", result)
-    }
-
-    /// Replaces its beginning. The driver has read `values` when this returns: they are no page-locked memory.
-    pub fn write<T: bytemuck::Pod>(&mut self, values: &[T]) -> Result<()> {
-        let bytes = size_of_val(values);
-        assert!(bytes <= self.bytes, "cuda: {bytes} bytes written to a buffer of {}", self.bytes);
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.enter()?;
-        let source = values.as_ptr().cast::<c_void>();
-        // SAFETY: both sides have this size.
-        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(self.address, source, bytes, self.gpu.stream) };
-        self.gpu.check("copying to the GPU", result)
-    }
-
-    /// Its first `values.len()` elements, after all that was asked for before.
-    pub fn read<T: bytemuck::Pod>(&self, values: &mut [T]) -> Result<()> {
-        let bytes = size_of_val(values);
-        assert!(bytes <= self.bytes, "cuda: {bytes} bytes read from a buffer of {}", self.bytes);
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.enter()?;
-        let target = values.as_mut_ptr().cast::<c_void>();
-        // SAFETY: both sides have this size, and `values` is there until the stream is done.
-        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(target, self.address, bytes, self.gpu.stream) };
-        self.gpu.check("copying from the GPU", result)?;
-        self.gpu.synchronize()
-    }
-
-    /// Replaces its first `bytes` by those of `source`.
-    pub fn copy_from(&mut self, source: &Memory, bytes: usize) -> Result<()> {
-        assert!(bytes <= self.bytes.min(source.bytes), "cuda: {bytes} bytes of {} to {}", source.bytes, self.bytes);
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.enter()?;
-        // SAFETY: both sides have this size.
-        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, source.address, bytes, self.gpu.stream) };
-        self.gpu.check("copying on the GPU", result)
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if self.address != 0 {
-            self.gpu.unused().entry(self.bytes).or_default().push(self.address);
-        }
     }
 }
 

@@ -10,6 +10,7 @@ mod compile;
 mod device;
 mod driver;
 mod libraries;
+mod memory;
 mod nccl;
 mod products;
 mod solver;
@@ -18,7 +19,8 @@ use crate::error::{Error, Result};
 use blas::Blas;
 use compile::Kernels;
 use cudarc::driver::sys;
-use driver::{Gpu, Memory};
+use driver::Gpu;
+use memory::Memory;
 use std::{
     ffi::c_void,
     path::PathBuf,

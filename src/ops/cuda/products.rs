@@ -3,8 +3,9 @@
 use super::{
     CudaOptions,
     blas::{self, Blas},
-    driver::{Gpu, Memory},
+    driver::Gpu,
     libraries,
+    memory::Memory,
 };
 use crate::error::{Error, Result};
 use cudarc::cublas::sys::{self, cublasOperation_t as Operation};
