@@ -24,7 +24,7 @@ struct Mutation {
     says: &'static str,
 }
 
-const MUTATIONS: [Mutation; 18] = [
+const MUTATIONS: [Mutation; 23] = [
     Mutation {
         what: "a wrong stride",
         file: "rope.cu",
@@ -148,8 +148,8 @@ const MUTATIONS: [Mutation; 18] = [
     Mutation {
         what: "ties that do not go to the even number",
         file: "round.cu",
-        from: " + ((bits >> 16) & 1u)",
-        to: "",
+        from: "(bits + 0x7fffu + ((bits >> 16) & 1u))",
+        to: "(bits + 0x7fffu)",
         test: "rounding_to_bf16_has_the_cpus_bits",
         says: "instead of",
     },
@@ -159,6 +159,46 @@ const MUTATIONS: [Mutation; 18] = [
         from: "k1 += 0xbb67ae85u;",
         to: "k1 += 0xbb67ae84u;",
         test: "dropout_drops_what_the_cpu_drops",
+        says: "instead of",
+    },
+    Mutation {
+        what: "bf16 that is cut off instead of rounded",
+        file: "elementwise.cu",
+        from: "bits + 0x7fffu + ((bits >> 16) & 1u);",
+        to: "bits;",
+        test: "copies_become_bf16_and_f32_again",
+        says: "instead of",
+    },
+    Mutation {
+        what: "the norm of what was there before the sum",
+        file: "rms_norm.cu",
+        from: "x = sum; //",
+        to: "//",
+        test: "rms_norm_forward_and_backward",
+        says: "instead of",
+    },
+    Mutation {
+        what: "heads that follow each other without gaps",
+        file: "softmax.cu",
+        from: "lse[(first + row / e.len * step) * e.len + query] = ",
+        to: "lse[(first + row / e.len) * e.len + query] = ",
+        test: "attention_of_narrow_heads",
+        says: "instead of",
+    },
+    Mutation {
+        what: "a key after the query that is not 0",
+        file: "softmax.cu",
+        from: "float x = key <= query ?",
+        to: "float x = key <= query + 1 ?",
+        test: "attention_of_narrow_heads",
+        says: "instead of",
+    },
+    Mutation {
+        what: "a gradient of scores without delta",
+        file: "softmax.cu",
+        from: "x * (dp[i] - row_delta)",
+        to: "x * dp[i]",
+        test: "attention_of_wide_heads",
         says: "instead of",
     },
     Mutation {

@@ -12,7 +12,7 @@ use super::{
     pool::Pool,
     product::Product,
 };
-use crate::ops::{AttentionShape, Device, Dropout, RopeShape};
+use crate::ops::{AttentionShape, Device, Dropout, Element, RopeShape};
 
 /// Extents of a batch, and the rotary table for them.
 pub(super) struct Shape<D: Device> {
@@ -57,7 +57,7 @@ impl<D: Device> Shape<D> {
 
 /// Where a block's parameters are.
 pub(super) struct Block {
-    attention_norm: usize,
+    pub attention_norm: usize,
     mlp_norm: usize,
     linears: [Linear; TARGETS.len()],
 }
@@ -73,7 +73,7 @@ impl Block {
         for linear in self.linears.iter().rev() {
             let param = &mut params[linear.weight];
             if param.trainable && param.grad.is_none() {
-                let mut grad = pool.take(device, param.elements());
+                let mut grad = pool.take(device, Element::F32, param.elements());
                 device.fill(&mut grad, 0.0);
                 param.grad = Some(grad);
             }
@@ -107,15 +107,16 @@ impl Block {
     }
 }
 
-/// What one block keeps from forward to backward. Its input x (N, C) belongs to the caller.
+/// What one block keeps from forward to backward. Its input x (N, C), and rstd of its first norm, belong to the caller.
 pub(super) struct Saved<D: Device> {
-    rstd: [D::Buffer; 2],
+    rstd: D::Buffer,
     q: D::Buffer,
     k: D::Buffer,
     v: D::Buffer,
     o: D::Buffer,
     lse: D::Buffer,
-    middle: D::Buffer,
+    /// The residual stream between attention and MLP (N, C).
+    pub middle: D::Buffer,
     gate: D::Buffer,
     up: D::Buffer,
     xa: [Option<D::Buffer>; TARGETS.len()],
@@ -126,19 +127,22 @@ impl<D: Device> Saved<D> {
         device: &D,
         pool: &mut Pool<D>,
         config: &LlamaConfig,
+        element: Element,
         rows: usize,
         params: &[Param<D>],
         block: &Block,
     ) -> Self {
         let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-        let mut buffer = |width: usize| pool.take(device, rows * width);
+        let rstd = pool.take(device, Element::F32, rows);
+        let lse = pool.take(device, Element::F32, rows * config.num_attention_heads);
+        let mut buffer = |width: usize| pool.take(device, element, rows * width);
         Saved {
-            rstd: [buffer(1), buffer(1)],
+            rstd,
             q: buffer(q),
             k: buffer(kv),
             v: buffer(kv),
             o: buffer(q),
-            lse: buffer(config.num_attention_heads),
+            lse,
             middle: buffer(config.hidden_size),
             gate: buffer(config.intermediate_size),
             up: buffer(config.intermediate_size),
@@ -152,8 +156,8 @@ impl<D: Device> Saved<D> {
     /// Its buffers are free.
     pub fn give(self, pool: &mut Pool<D>) {
         let Saved { rstd, q, k, v, o, lse, middle, gate, up, xa } = self;
-        let always = rstd.into_iter().chain([q, k, v, o, lse, middle, gate, up]);
-        always.chain(xa.into_iter().flatten()).for_each(|buffer| pool.give(buffer));
+        let always = [rstd, q, k, v, o, lse, middle, gate, up];
+        always.into_iter().chain(xa.into_iter().flatten()).for_each(|buffer| pool.give(buffer));
     }
 }
 
@@ -161,7 +165,7 @@ impl<D: Device> Saved<D> {
 pub(super) struct Scratch<D: Device> {
     /// Normed activations (N, C).
     pub h: D::Buffer,
-    /// Their gradient (N, C).
+    /// Their gradient (N, C); in forward, what is added to the residual stream next.
     pub dh: D::Buffer,
     /// Gradient of the residual stream (N, C).
     pub dx: D::Buffer,
@@ -174,21 +178,29 @@ pub(super) struct Scratch<D: Device> {
 
 impl<D: Device> Scratch<D> {
     /// With room for `logits` elements of these.
-    pub fn new(device: &D, config: &LlamaConfig, rows: usize, logits: usize, lora: Option<LoraScratch<D>>) -> Self {
+    pub fn new(
+        device: &D,
+        config: &LlamaConfig,
+        element: Element,
+        rows: usize,
+        logits: usize,
+        lora: Option<LoraScratch<D>>,
+    ) -> Self {
         let q = config.num_attention_heads * config.head_dim;
-        let buffer = |width: usize| device.zeros(rows * width);
+        let buffer = |width: usize| device.zeros_of(element, rows * width);
         Scratch {
             h: buffer(config.hidden_size),
             dh: buffer(config.hidden_size),
             dx: buffer(config.hidden_size),
-            wide: device.zeros(logits.max(rows * config.intermediate_size)),
+            wide: device.zeros_of(element, logits.max(rows * config.intermediate_size)),
             d_o: (q != config.hidden_size).then(|| buffer(q)),
             lora,
         }
     }
 }
 
-/// From x (N, C) to y (N, C). Without y, only what backward needs is computed (again).
+/// From the normed x in `scratch.h` to what the block adds to the residual stream after `saved.middle`, in `scratch.dh`.
+/// Without `output`, only what backward needs is computed (again).
 #[allow(clippy::too_many_arguments)]
 pub(super) fn forward<D: Device>(
     device: &D,
@@ -198,38 +210,32 @@ pub(super) fn forward<D: Device>(
     x: &D::Buffer,
     saved: &mut Saved<D>,
     scratch: &mut Scratch<D>,
-    y: Option<&mut D::Buffer>,
+    output: bool,
 ) {
     let pass = shape.pass();
-    let Saved { rstd: [rstd_attention, rstd_mlp], q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, wide: act, lora, .. } = scratch;
+    let Saved { rstd, q, k, v, o, lse, middle, gate, up, xa } = saved;
+    let Scratch { h, dh: branch, wide: act, lora, .. } = scratch;
     let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears;
     let [q_xa, k_xa, v_xa, o_xa, gate_xa, up_xa, down_xa] = xa.each_mut().map(Option::as_mut);
 
-    device.rms_norm_forward(x, &params[block.attention_norm].value, shape.eps, h, rstd_attention);
-    q_proj.forward(device, params, pass, h, q_xa, lora.as_mut(), 0.0, q);
-    k_proj.forward(device, params, pass, h, k_xa, lora.as_mut(), 0.0, k);
-    v_proj.forward(device, params, pass, h, v_xa, lora.as_mut(), 0.0, v);
+    q_proj.forward(device, params, pass, h, q_xa, lora.as_mut(), q);
+    k_proj.forward(device, params, pass, h, k_xa, lora.as_mut(), k);
+    v_proj.forward(device, params, pass, h, v_xa, lora.as_mut(), v);
     device.rope_forward(shape.rope(shape.attention.heads), &shape.cos, &shape.sin, q);
     device.rope_forward(shape.rope(shape.attention.kv_heads), &shape.cos, &shape.sin, k);
     device.attention_forward(shape.attention, q, k, v, o, lse);
-    device.copy(x, middle);
-    o_proj.forward(device, params, pass, o, o_xa, lora.as_mut(), 1.0, middle);
+    o_proj.forward(device, params, pass, o, o_xa, lora.as_mut(), branch);
 
-    device.rms_norm_forward(middle, &params[block.mlp_norm].value, shape.eps, h, rstd_mlp);
-    gate_proj.forward(device, params, pass, h, gate_xa, lora.as_mut(), 0.0, gate);
-    up_proj.forward(device, params, pass, h, up_xa, lora.as_mut(), 0.0, up);
-    match y {
-        Some(y) => {
-            device.swiglu_forward(gate, up, act);
-            device.copy(middle, y);
-            down_proj.forward(device, params, pass, act, down_xa, lora.as_mut(), 1.0, y);
-        }
-        None if down_xa.is_some() => {
-            device.swiglu_forward(gate, up, act);
-            down_proj.project_again(device, params, pass, act, down_xa, lora.as_mut());
-        }
-        None => {}
+    let norm = &params[block.mlp_norm].value;
+    device.add_rms_norm_forward(x, branch, middle, norm, shape.eps, h, rstd);
+    gate_proj.forward(device, params, pass, h, gate_xa, lora.as_mut(), gate);
+    up_proj.forward(device, params, pass, h, up_xa, lora.as_mut(), up);
+    if output {
+        device.swiglu_forward(gate, up, act);
+        down_proj.forward(device, params, pass, act, down_xa, lora.as_mut(), branch);
+    } else if down_xa.is_some() {
+        device.swiglu_forward(gate, up, act);
+        down_proj.project_again(device, params, pass, act, down_xa, lora.as_mut());
     }
 }
 
@@ -264,18 +270,20 @@ impl<D: Device> Linears<'_, D> {
     }
 }
 
-/// `scratch.dx` is the gradient of the block's output before, of its input x (N, C) after. Uses up `saved`: gate, up, q, k
-/// and v become their gradients, and so does the MLP's inner product where it lies.
+/// `scratch.dx` is the gradient of the block's output before, of its input x (N, C) after; `rstd` is that of the norm of x.
+/// Uses up `saved`: gate, up, q, k and v become their gradients, and so does the MLP's inner product where it lies.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn backward<D: Device>(
     device: &D,
     params: &mut [Param<D>],
     block: &Block,
     shape: &Shape<D>,
     x: &D::Buffer,
+    rstd: &mut D::Buffer,
     saved: &mut Saved<D>,
     scratch: &mut Scratch<D>,
 ) {
-    let Saved { rstd: [rstd_attention, rstd_mlp], q, k, v, o, lse, middle, gate, up, xa } = saved;
+    let Saved { rstd: rstd_mlp, q, k, v, o, lse, middle, gate, up, xa } = saved;
     let Scratch { h, dh, dx, wide, d_o, lora } = scratch;
     let linears = block.linears;
     let mut linears = Linears { device, params, pass: shape.pass(), linears, xa, lora: lora.as_mut() };
@@ -294,11 +302,11 @@ pub(super) fn backward<D: Device>(
     device.attention_backward(shape.attention, [q, k, v], o, lse, d_o);
     device.rope_backward(shape.rope(shape.attention.heads), &shape.cos, &shape.sin, q);
     device.rope_backward(shape.rope(shape.attention.kv_heads), &shape.cos, &shape.sin, k);
-    device.rms_norm_forward(x, &linears.params[block.attention_norm].value, shape.eps, h, rstd_attention);
+    device.rms_norm_forward(x, &linears.params[block.attention_norm].value, shape.eps, h, rstd);
     linears.backward(2, h, v, 0.0, dh);
     linears.backward(1, h, k, 1.0, dh);
     linears.backward(0, h, q, 1.0, dh);
-    linears.norm_backward(block.attention_norm, x, rstd_attention, dh, dx);
+    linears.norm_backward(block.attention_norm, x, rstd, dh, dx);
 }
 
 /// Adds to the residual stream's gradient `dx` and, if it trains, to the norm's.

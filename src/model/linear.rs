@@ -4,7 +4,7 @@ use super::{
     params::Param,
     product::{Extents, Product},
 };
-use crate::ops::{Device, Dropout, Mat, MatMut};
+use crate::ops::{Device, Dropout, Element, Factor, Mat, MatMut};
 
 /// Where the weight is in the list of parameters, and its LoRA factors, if there are any.
 #[derive(Clone, Copy)]
@@ -31,10 +31,10 @@ pub(super) enum Scaling {
 }
 
 impl Scaling {
-    pub fn value<D: Device>(self, device: &D, params: &[Param<D>]) -> f32 {
+    pub fn factor<D: Device>(self, params: &[Param<D>]) -> Factor<'_, D::Buffer> {
         match self {
-            Scaling::Fixed(s) => s,
-            Scaling::Tanh(at) => device.read(&params[at].value).first().map_or(0.0, |s| s.tanh()),
+            Scaling::Fixed(s) => Factor::Number(s),
+            Scaling::Tanh(at) => Factor::Tanh(&params[at].value),
         }
     }
 }
@@ -71,20 +71,27 @@ pub(super) struct LoraScratch<D: Device> {
 
 impl<D: Device> LoraScratch<D> {
     /// For these layers; `dims` are their `(out, in)`, all of rank r.
-    pub fn new(device: &D, dims: &[(usize, usize, Product)], rows: usize, r: usize, dropout: bool) -> Self {
+    pub fn new(
+        device: &D,
+        element: Element,
+        dims: &[(usize, usize, Product)],
+        rows: usize,
+        r: usize,
+        dropout: bool,
+    ) -> Self {
         let buffers = |needed: &dyn Fn(Product) -> bool| {
             let mut lengths: Vec<usize> =
                 dims.iter().filter(|(.., product)| needed(*product)).map(|(out, inner, _)| out * inner).collect();
             lengths.sort_unstable();
             lengths.dedup();
-            lengths.into_iter().map(|len| device.zeros(len)).collect::<Vec<_>>()
+            lengths.into_iter().map(|len| device.zeros_of(element, len)).collect::<Vec<_>>()
         };
         let widest = dims.iter().map(|(_, inner, _)| *inner).max().unwrap_or(0);
         let thin = dims.iter().any(|(.., p)| *p != Product::WholeGradient);
         LoraScratch {
-            xa: device.zeros(if thin { rows * r } else { 0 }),
-            dyb: device.zeros(if thin { rows * r } else { 0 }),
-            dropped: device.zeros(if dropout { rows * widest } else { 0 }),
+            xa: device.zeros_of(element, if thin { rows * r } else { 0 }),
+            dyb: device.zeros_of(element, if thin { rows * r } else { 0 }),
+            dropped: device.zeros_of(element, if dropout { rows * widest } else { 0 }),
             formed: buffers(&|p| p != Product::Factored),
             whole_gradient: buffers(&|p| p == Product::WholeGradient),
         }
@@ -102,8 +109,7 @@ impl Linear {
         (params[self.weight].shape[0], params[self.weight].shape[1])
     }
 
-    /// `y = beta · y + x Wᵀ + s (drop(x) Aᵀ) Bᵀ`. Where the product is factored, `xa` receives `drop(x) Aᵀ` (N, r), which
-    /// backward needs.
+    /// `y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ`. Where the product is factored, `xa` receives `drop(x) Aᵀ` (N, r), which backward needs.
     #[allow(clippy::too_many_arguments)]
     pub fn forward<D: Device>(
         &self,
@@ -113,30 +119,27 @@ impl Linear {
         x: &D::Buffer,
         xa: Option<&mut D::Buffer>,
         scratch: Option<&mut LoraScratch<D>>,
-        beta: f32,
         y: &mut D::Buffer,
     ) {
         let ((out, inner), rows) = (self.dims(params), pass.rows);
-        let weight = &params[self.weight].value;
-        let Some((factors, scratch)) = self.lora.zip(scratch) else {
-            let weight = Mat::new(weight, out, inner);
-            return device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
+        let through = |weight: &D::Buffer, y: &mut D::Buffer| {
+            let (x, weight) = (Mat::new(x, rows, inner), Mat::new(weight, out, inner));
+            device.matmul(1.0, x, weight.t(), 0.0, MatMut::new(y, rows, out));
         };
-        let scaling = factors.scaling.value(device, params);
-        if factors.product == Product::Factored {
-            let r = params[factors.a].shape[0];
-            let weight = Mat::new(weight, out, inner);
-            device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
-            let Some(xa) = xa else { return };
-            self.project(device, params, pass, x, &mut scratch.dropped, xa);
-            let b = Mat::new(&params[factors.b].value, out, r);
-            device.matmul(scaling, Mat::new(xa, rows, r), b.t(), 1.0, MatMut::new(y, rows, out));
-        } else {
+        let weight = params[self.weight].operand();
+        let Some((factors, scratch)) = self.lora.zip(scratch) else { return through(weight, y) };
+        if factors.product != Product::Factored {
             let formed = of_length(device, &mut scratch.formed, out * inner);
-            self.form(device, params, factors, scaling, formed);
-            let weight = Mat::new(&*formed, out, inner);
-            device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), beta, MatMut::new(y, rows, out));
+            self.form(device, params, factors, formed);
+            return through(formed, y);
         }
+        through(weight, y);
+        let Some(xa) = xa else { return };
+        let r = params[factors.a].shape[0];
+        self.project(device, params, pass, x, &mut scratch.dropped, xa);
+        let b = Mat::new(params[factors.b].operand(), out, r);
+        let scaling = factors.scaling.factor(params);
+        device.matmul(scaling, Mat::new(xa, rows, r), b.t(), 1.0, MatMut::new(y, rows, out));
     }
 
     /// `xa = drop(x) Aᵀ`.
@@ -151,7 +154,7 @@ impl Linear {
     ) {
         let Some(factors) = self.lora else { return };
         let (r, inner) = (params[factors.a].shape[0], params[factors.a].shape[1]);
-        let a = Mat::new(&params[factors.a].value, r, inner);
+        let a = Mat::new(params[factors.a].operand(), r, inner);
         let x = match pass.dropout_of(self.weight) {
             Some(dropout) => {
                 device.dropout_forward(dropout, x, dropped);
@@ -178,11 +181,11 @@ impl Linear {
     }
 
     /// `formed = W + s B A`.
-    fn form<D: Device>(&self, device: &D, params: &[Param<D>], factors: Factors, scaling: f32, formed: &mut D::Buffer) {
+    fn form<D: Device>(&self, device: &D, params: &[Param<D>], factors: Factors, formed: &mut D::Buffer) {
         let [w, a, b] = [self.weight, factors.a, factors.b].map(|at| &params[at]);
-        device.copy(&w.value, formed);
-        let (b, a) = (Mat::new(&b.value, b.shape[0], b.shape[1]), Mat::new(&a.value, a.shape[0], a.shape[1]));
-        device.matmul(scaling, b, a, 1.0, MatMut::new(formed, w.shape[0], w.shape[1]));
+        device.copy(w.operand(), formed);
+        let (b, a) = (Mat::new(b.operand(), b.shape[0], b.shape[1]), Mat::new(a.operand(), a.shape[0], a.shape[1]));
+        device.matmul(factors.scaling.factor(params), b, a, 1.0, MatMut::new(formed, w.shape[0], w.shape[1]));
     }
 
     /// What trains of W, A, B and s gets its gradient added. `xa` is what forward kept.
@@ -203,8 +206,7 @@ impl Linear {
             device.matmul(1.0, dy.t(), x, 1.0, MatMut::new(dw, out, inner));
         }
         let Some((factors, scratch)) = self.lora.zip(scratch) else { return };
-        let scaling = factors.scaling.value(device, params);
-        let low_rank = LowRank { device, linear: self, factors, scaling, pass, x, dy };
+        let low_rank = LowRank { device, linear: self, factors, pass, x, dy };
         let LoraScratch { xa: projected, dyb, dropped, whole_gradient, .. } = scratch;
         match (factors.product, xa) {
             (Product::WholeGradient, _) => {
@@ -237,17 +239,16 @@ impl Linear {
             device.matmul(1.0, dy, weight, beta, MatMut::new(dx, rows, inner));
         };
         let Some((factors, scratch)) = self.lora.zip(scratch) else {
-            return through(&params[self.weight].value, dx);
+            return through(params[self.weight].operand(), dx);
         };
-        let scaling = factors.scaling.value(device, params);
         if factors.product != Product::Factored {
             let formed = of_length(device, &mut scratch.formed, out * inner);
-            self.form(device, params, factors, scaling, formed);
+            self.form(device, params, factors, formed);
             return through(formed, dx);
         }
-        through(&params[self.weight].value, dx);
-        let r = params[factors.a].shape[0];
-        let (dyb, a) = (Mat::new(&scratch.dyb, rows, r), Mat::new(&params[factors.a].value, r, inner));
+        through(params[self.weight].operand(), dx);
+        let (r, scaling) = (params[factors.a].shape[0], factors.scaling.factor(params));
+        let (dyb, a) = (Mat::new(&scratch.dyb, rows, r), Mat::new(params[factors.a].operand(), r, inner));
         match pass.dropout_of(self.weight) {
             None => device.matmul(scaling, dyb, a, 1.0, MatMut::new(dx, rows, inner)),
             Some(dropout) => {
@@ -263,7 +264,6 @@ struct LowRank<'a, D: Device> {
     device: &'a D,
     linear: &'a Linear,
     factors: Factors,
-    scaling: f32,
     pass: Pass,
     x: &'a D::Buffer,
     dy: &'a D::Buffer,
@@ -272,14 +272,14 @@ struct LowRank<'a, D: Device> {
 impl<D: Device> LowRank<'_, D> {
     /// `dB += s dyᵀ xa`, `dA += s (dy B)ᵀ drop(x)`, and of a trained scaling `tanh(p)`: `dp += (1 - s²) <dy B, xa>`.
     fn thin_gradients(&self, params: &mut [Param<D>], xa: &D::Buffer, dyb: &mut D::Buffer, dropped: &mut D::Buffer) {
-        let LowRank { device, linear, factors, scaling, pass, x, dy } = *self;
+        let LowRank { device, linear, factors, pass, x, dy } = *self;
         let ((out, inner), rows, r) = (linear.dims(params), pass.rows, params[factors.a].shape[0]);
         let dy = || Mat::new(dy, rows, out);
-        device.matmul(1.0, dy(), Mat::new(&params[factors.b].value, out, r), 0.0, MatMut::new(dyb, rows, r));
-        if let Some(db) = &mut params[factors.b].grad {
+        device.matmul(1.0, dy(), Mat::new(params[factors.b].operand(), out, r), 0.0, MatMut::new(dyb, rows, r));
+        self.add_gradient(params, factors.b, |scaling, db| {
             device.matmul(scaling, dy().t(), Mat::new(xa, rows, r), 1.0, MatMut::new(db, out, r));
-        }
-        if let Some(da) = &mut params[factors.a].grad {
+        });
+        self.add_gradient(params, factors.a, |scaling, da| {
             let x = match pass.dropout_of(linear.weight) {
                 Some(dropout) => {
                     device.dropout_forward(dropout, x, dropped);
@@ -289,29 +289,39 @@ impl<D: Device> LowRank<'_, D> {
             };
             let (dyb, x) = (Mat::new(&*dyb, rows, r), Mat::new(x, rows, inner));
             device.matmul(scaling, dyb.t(), x, 1.0, MatMut::new(da, r, inner));
+        });
+        if let Scaling::Tanh(at) = factors.scaling {
+            let Param { value: p, grad, .. } = &mut params[at];
+            grad.iter_mut().for_each(|dp| device.tanh_backward(p, dyb, xa, dp));
         }
-        if let Scaling::Tanh(at) = factors.scaling
-            && let Some(dp) = &mut params[at].grad
-        {
-            let more = (1.0 - f64::from(scaling).powi(2)) * device.dot(dyb, xa);
-            let sum: Vec<f32> = device.read(dp).iter().map(|d| (f64::from(*d) + more) as f32).collect();
-            device.write(dp, &sum);
-        }
+    }
+
+    /// Lets `add` add to the gradient of the parameter at this place, if it has one; it is told s.
+    fn add_gradient(
+        &self,
+        params: &mut [Param<D>],
+        at: usize,
+        add: impl FnOnce(Factor<'_, D::Buffer>, &mut D::Buffer),
+    ) {
+        let Some(mut grad) = params[at].grad.take() else { return };
+        add(self.factors.scaling.factor(params), &mut grad);
+        params[at].grad = Some(grad);
     }
 
     /// `dW = dyᵀ x`, `dB += s dW Aᵀ`, `dA += s Bᵀ dW`.
     fn gradients_from_whole(&self, params: &mut [Param<D>], dw: &mut D::Buffer) {
-        let LowRank { device, linear, factors, scaling, pass, x, dy } = *self;
+        let LowRank { device, linear, factors, pass, x, dy } = *self;
         let ((out, inner), rows, r) = (linear.dims(params), pass.rows, params[factors.a].shape[0]);
         let (x, dy) = (Mat::new(x, rows, inner), Mat::new(dy, rows, out));
         device.matmul(1.0, dy.t(), x, 0.0, MatMut::new(dw, out, inner));
+        let Scaling::Fixed(scaling) = factors.scaling else { unreachable!("a trained scaling needs x Aᵀ") };
         let [a, b] = params.get_disjoint_mut([factors.a, factors.b]).expect("A and B are two parameters");
         if let Some(db) = &mut b.grad {
-            let a = Mat::new(&a.value, r, inner);
+            let a = Mat::new(a.operand(), r, inner);
             device.matmul(scaling, Mat::new(dw, out, inner), a.t(), 1.0, MatMut::new(db, out, r));
         }
         if let Some(da) = &mut a.grad {
-            let b = Mat::new(&b.value, out, r);
+            let b = Mat::new(b.operand(), out, r);
             device.matmul(scaling, b.t(), Mat::new(dw, out, inner), 1.0, MatMut::new(da, r, inner));
         }
     }
@@ -370,7 +380,8 @@ mod tests {
         let scaling = if tanh { Scaling::Tanh(3) } else { Scaling::Fixed(params[3].value[0]) };
         let linear = Linear { weight: 0, lora: Some(Factors { a: 1, b: 2, scaling, product }) };
         let pass = Pass { rows: ROWS, dropout };
-        let mut scratch = LoraScratch::new(&Cpu, &[(OUT, INNER, product)], ROWS, R, dropout.is_some());
+        let layers = [(OUT, INNER, product)];
+        let mut scratch = LoraScratch::new(&Cpu, Element::F32, &layers, ROWS, R, dropout.is_some());
         let (x, dy, mut y) = (noise(1, ROWS * INNER), noise(2, ROWS * OUT), noise(3, ROWS * OUT));
         let (mut dx, mut xa) = (noise(4, ROWS * INNER), vec![0.0; ROWS * R]);
         let mut mask = vec![1.0; ROWS * INNER];
@@ -383,10 +394,10 @@ mod tests {
         let add = |start: &[f32], half: f64, more: Vec<f64>| -> Vec<f64> {
             wide(start).iter().zip(more).map(|(a, b)| half * a + b).collect()
         };
-        let expected_y = add(&y, 0.5, reference(&x64, &values, &mask, tanh));
+        let expected_y = reference(&x64, &values, &mask, tanh);
         let expected_dx = add(&dx, 0.5, gradient(&x64, |x| dot(&reference(x, &values, &mask, tanh), &dy64)));
 
-        linear.forward(&Cpu, &params, pass, &x, Some(&mut xa), Some(&mut scratch), 0.5, &mut y);
+        linear.forward(&Cpu, &params, pass, &x, Some(&mut xa), Some(&mut scratch), &mut y);
         assert_close(&format!("{what} y"), &y, &expected_y, 1e-6);
         let kept = (product == Product::Factored).then_some(&xa);
         linear.weight_gradients(&Cpu, &mut params, pass, &x, kept, Some(&mut scratch), &dy);

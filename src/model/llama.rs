@@ -34,7 +34,8 @@ pub(super) struct Workspace<D: Device> {
     /// One per block, unless its buffers are in the pool; with activation checkpointing, one for all.
     saved: Vec<Option<Saved<D>>>,
     scratch: Scratch<D>,
-    final_rstd: D::Buffer,
+    /// Of the norm before each block, and of the last: L + 1 of (N).
+    rstd: Vec<D::Buffer>,
     /// Rows of logits that exist at a time, in `scratch.wide`.
     chunk: usize,
     /// One loss per row (N).
@@ -43,23 +44,24 @@ pub(super) struct Workspace<D: Device> {
 
 impl<D: Device> Workspace<D> {
     fn new(model: &Model<D>, batch: usize, len: usize) -> Self {
-        let Model { device, config, params, layout, lora, activation_checkpointing, .. } = model;
+        let Model { device, config, params, layout, lora, activation_checkpointing, element, .. } = model;
+        let element = *element;
         let rows = batch * len;
         let linears = |i| std::array::from_fn(|which| model.linear(i, which, rows));
         let blocks: Vec<Block> = (0..config.num_hidden_layers).map(|i| Block::new(layout, i, linears(i))).collect();
         let chunk = logits_chunk(config.vocab_size, rows);
         let lora = lora.as_ref().map(|spec| {
             let dims = blocks.first().map(|b| b.low_rank(params)).unwrap_or_default();
-            LoraScratch::new(device, &dims, rows, spec.r, spec.dropout > 0.0)
+            LoraScratch::new(device, element, &dims, rows, spec.r, spec.dropout > 0.0)
         });
         let kept = if *activation_checkpointing { 1.min(blocks.len()) } else { blocks.len() };
         Workspace {
             shape: Shape::new(device, config, batch, len),
-            residual: (0..=blocks.len()).map(|_| device.zeros(rows * config.hidden_size)).collect(),
+            residual: (0..=blocks.len()).map(|_| device.zeros_of(element, rows * config.hidden_size)).collect(),
+            rstd: (0..=blocks.len()).map(|_| device.zeros(rows)).collect(),
             saved: (0..kept).map(|_| None).collect(),
             blocks,
-            scratch: Scratch::new(device, config, rows, chunk * config.vocab_size, lora),
-            final_rstd: device.zeros(rows),
+            scratch: Scratch::new(device, config, element, rows, chunk * config.vocab_size, lora),
             chunk,
             losses: device.zeros(rows),
         }
@@ -129,7 +131,7 @@ impl<D: Device> Model<D> {
         for first in (0..rows).step_by(workspace.chunk) {
             let count = workspace.chunk.min(rows - first);
             let h = Mat::new(&workspace.scratch.h, count, width).from_row(first);
-            let head = Mat::new(&params[layout.head()].value, vocab, width);
+            let head = Mat::new(params[layout.head()].operand(), vocab, width);
             let logits = &mut workspace.scratch.wide;
             device.matmul(1.0, h, head.t(), 0.0, MatMut::new(logits, count, vocab));
             all.extend_from_slice(&device.read(logits)[..count * vocab]);
@@ -166,19 +168,26 @@ impl<D: Device> Model<D> {
             self.drop_workspace();
             self.workspace = Some(Workspace::new(self, batch, len));
         }
-        let Model { device, config, params, layout, workspace, pool, .. } = self;
-        let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
+        let Model { device, config, params, layout, workspace, pool, element, .. } = self;
+        let Some(Workspace { shape, residual, rstd, blocks, saved, scratch, .. }) = workspace else { return };
         shape.dropout = dropout;
         let tokens = device.upload_tokens(tokens);
         device.embedding_forward(&tokens, &params[layout.embedding()].value, &mut residual[0]);
+        let norm_before = |i: usize| {
+            let norm = blocks.get(i).map_or(layout.final_norm(), |block| block.attention_norm);
+            &params[norm].value
+        };
+        device.rms_norm_forward(&residual[0], norm_before(0), shape.eps, &mut scratch.h, &mut rstd[0]);
         for (i, block) in blocks.iter().enumerate() {
             let (before, after) = residual.split_at_mut(i + 1);
             let own = i.min(saved.len() - 1);
-            let own = saved[own].get_or_insert_with(|| Saved::new(device, pool, config, shape.rows(), params, block));
-            block::forward(device, params, block, shape, &before[i], own, scratch, Some(&mut after[0]));
+            let make = || Saved::new(device, pool, config, *element, shape.rows(), params, block);
+            let own = saved[own].get_or_insert_with(make);
+            block::forward(device, params, block, shape, &before[i], own, scratch, true);
+            let Scratch { h, dh: branch, .. } = scratch;
+            let (next, rstd) = (norm_before(i + 1), &mut rstd[i + 1]);
+            device.add_rms_norm_forward(&own.middle, branch, &mut after[0], next, shape.eps, h, rstd);
         }
-        let norm = &params[layout.final_norm()].value;
-        device.rms_norm_forward(&residual[blocks.len()], norm, shape.eps, &mut scratch.h, final_rstd);
     }
 
     /// From `scratch.h` to the losses; with a scale, also to `scratch.dh` and the head's gradient.
@@ -191,8 +200,8 @@ impl<D: Device> Model<D> {
         let targets: Vec<u32> = tokens.chunks(len).flat_map(|w| w[1..].iter().copied().chain([IGNORE])).collect();
         let targets = device.upload_tokens(&targets);
         let (rows, width, vocab) = (tokens.len(), config.hidden_size, config.vocab_size);
-        let Param { value, grad, .. } = &mut params[layout.head()];
-        let head = || Mat::new(&*value, vocab, width);
+        let Param { value, working, grad, .. } = &mut params[layout.head()];
+        let head = || Mat::new(working.as_ref().unwrap_or(value), vocab, width);
         for first in (0..rows).step_by(*chunk) {
             let count = (*chunk).min(rows - first);
             let h = || Mat::new(&*hidden, count, width).from_row(first);
@@ -212,10 +221,10 @@ impl<D: Device> Model<D> {
     /// From `scratch.dh` back to the embedding.
     fn run_backward(&mut self, tokens: &[u32], ready: &mut Ready<D>) {
         let Model { device, params, layout, workspace, pool, gradient_accumulation, .. } = self;
-        let Some(Workspace { shape, residual, blocks, saved, scratch, final_rstd, .. }) = workspace else { return };
+        let Some(Workspace { shape, residual, rstd, blocks, saved, scratch, .. }) = workspace else { return };
         device.fill(&mut scratch.dx, 0.0);
-        let norm = &mut params[layout.final_norm()];
-        block::norm_backward(device, norm, &residual[blocks.len()], final_rstd, &scratch.dh, &mut scratch.dx);
+        let (norm, last) = (&mut params[layout.final_norm()], blocks.len());
+        block::norm_backward(device, norm, &residual[last], &rstd[last], &scratch.dh, &mut scratch.dx);
         if layout.head() != layout.embedding() {
             ready(device, params, &[layout.head()]);
         }
@@ -227,9 +236,11 @@ impl<D: Device> Model<D> {
             let Some(own) = place else { return };
             // What the last block kept is still there.
             if shared && i + 1 < blocks.len() {
-                block::forward(device, params, block, shape, &residual[i], own, scratch, None);
+                let norm = &params[block.attention_norm].value;
+                device.rms_norm_forward(&residual[i], norm, shape.eps, &mut scratch.h, &mut rstd[i]);
+                block::forward(device, params, block, shape, &residual[i], own, scratch, false);
             }
-            block::backward(device, params, block, shape, &residual[i], own, scratch);
+            block::backward(device, params, block, shape, &residual[i], &mut rstd[i], own, scratch);
             ready(device, params, &block.params());
             let lend = !shared && !*gradient_accumulation && i > 0;
             if lend && blocks[i - 1].lacks_gradients(params) {

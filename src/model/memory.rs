@@ -90,10 +90,10 @@ fn product(dims: (usize, usize), rows: usize, spec: &LoraSpec) -> Product {
 }
 
 /// Widths of what a block of a model without factors keeps for backward, per row.
-fn kept_widths(config: &LlamaConfig) -> [usize; 10] {
+fn kept_widths(config: &LlamaConfig) -> [usize; 9] {
     let (c, f, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
     let (q, kv) = (heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    [1, 1, q, kv, kv, q, heads, c, f, f]
+    [1, q, kv, kv, q, heads, c, f, f]
 }
 
 /// Elements of the gradients of projections that lie where the block above kept its activations: with one pass per update,
@@ -146,7 +146,7 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) ->
             scratch += n * dims.iter().map(|d| d.1).max().unwrap_or(0);
         }
     }
-    let head = n + n;
+    let head = n + (layers + 1) * n;
     let rope = 2 * passes.len * (config.head_dim / 2);
     residual + kept * if passes.activation_checkpointing { layers.min(1) } else { layers } + scratch + head + rope
 }

@@ -22,7 +22,11 @@ pub use lora::LoraSpec;
 pub use params::{Param, ParamKind};
 pub use product::{Extents, Product, ProductChoice};
 
-use crate::{checkpoint::Checkpoint, error::Result, ops::Device};
+use crate::{
+    checkpoint::Checkpoint,
+    error::Result,
+    ops::{Device, Element},
+};
 use llama::Workspace;
 use params::Layout;
 use pool::Pool;
@@ -38,6 +42,8 @@ pub struct Model<D: Device> {
     dropout_key: u64,
     activation_checkpointing: bool,
     gradient_accumulation: bool,
+    /// Of activations.
+    element: Element,
     workspace: Option<Workspace<D>>,
     pool: Pool<D>,
 }
@@ -71,6 +77,7 @@ impl<D: Device> Model<D> {
             dropout_key: 0,
             activation_checkpointing: false,
             gradient_accumulation: false,
+            element: Element::F32,
             workspace: None,
             pool: Pool::new(),
         };

@@ -53,13 +53,20 @@ pub struct Param<D: Device> {
     pub trainable: bool,
     /// The values.
     pub value: D::Buffer,
+    /// A copy that products read, where these are not of f32: see [`super::Model::set_mixed_precision`].
+    pub working: Option<D::Buffer>,
     /// Accumulated gradient, if `trainable`. That of a projection is there from a backward until [`super::Model::zero_grad`].
     pub grad: Option<D::Buffer>,
 }
 
 impl<D: Device> Param<D> {
     pub(super) fn new(name: String, kind: ParamKind, shape: Vec<usize>, value: D::Buffer) -> Self {
-        Param { name, kind, shape, trainable: false, value, grad: None }
+        Param { name, kind, shape, trainable: false, value, working: None, grad: None }
+    }
+
+    /// What products read.
+    pub(super) fn operand(&self) -> &D::Buffer {
+        self.working.as_ref().unwrap_or(&self.value)
     }
 
     pub(super) fn set_trainable(&mut self, device: &D, trainable: bool) {

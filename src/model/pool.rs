@@ -1,7 +1,7 @@
 //! Buffers that nobody uses at the moment. While the backward goes down the blocks, what forward kept for one block makes
 //! room for the gradients of the next.
 
-use crate::ops::Device;
+use crate::ops::{Device, Element};
 
 /// Free buffers of any length.
 pub(super) struct Pool<D: Device> {
@@ -14,11 +14,11 @@ impl<D: Device> Pool<D> {
     }
 
     /// The smallest free buffer that has room for `len` elements, or a new one. What it holds is not defined.
-    pub fn take(&mut self, device: &D, len: usize) -> D::Buffer {
-        let capacities: Vec<usize> = self.free.iter().map(|b| device.capacity(b)).collect();
-        let Some(at) = best_fit(&capacities, len) else { return device.zeros(len) };
+    pub fn take(&mut self, device: &D, element: Element, len: usize) -> D::Buffer {
+        let rooms: Vec<usize> = self.free.iter().map(|b| device.room(b)).collect();
+        let Some(at) = best_fit(&rooms, len * device.width(element)) else { return device.zeros_of(element, len) };
         let mut buffer = self.free.swap_remove(at);
-        device.set_len(&mut buffer, len);
+        device.remake(&mut buffer, element, len);
         buffer
     }
 
@@ -31,10 +31,10 @@ impl<D: Device> Pool<D> {
     }
 }
 
-/// Which of the free buffers, if any, serves for `len` elements.
-pub(super) fn best_fit(capacities: &[usize], len: usize) -> Option<usize> {
-    let fitting = capacities.iter().enumerate().filter(|(_, capacity)| **capacity >= len);
-    fitting.min_by_key(|(_, capacity)| **capacity).map(|(at, _)| at)
+/// Which of the free buffers, by their bytes, serves where so many are needed.
+pub(super) fn best_fit(rooms: &[usize], needed: usize) -> Option<usize> {
+    let fitting = rooms.iter().enumerate().filter(|(_, room)| **room >= needed);
+    fitting.min_by_key(|(_, room)| **room).map(|(at, _)| at)
 }
 
 #[cfg(test)]
@@ -48,13 +48,13 @@ mod tests {
         let given = [vec![1.0; 10], vec![2.0; 7], vec![3.0; 4]];
         let places = given.each_ref().map(|b| b.as_ptr());
         given.into_iter().for_each(|b| pool.give(b));
-        let taken = [5, 4, 11, 8].map(|len| pool.take(&Cpu, len));
+        let taken = [5, 4, 11, 8].map(|len| pool.take(&Cpu, Element::F32, len));
         assert_eq!(taken.each_ref().map(Vec::len), [5, 4, 11, 8]);
         assert_eq!([taken[0].as_ptr(), taken[1].as_ptr(), taken[3].as_ptr()], [places[1], places[2], places[0]]);
         // Shortened, it still has room for what it was made for.
         let [five, ..] = taken;
         pool.give(five);
-        let seven = pool.take(&Cpu, 7);
+        let seven = pool.take(&Cpu, Element::F32, 7);
         assert_eq!(seven.as_ptr(), places[1]);
     }
 }

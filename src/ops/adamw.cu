@@ -1,7 +1,7 @@
 // AdamW (arXiv:1711.05101) in one pass, in PyTorch's order of operations. The factors are those of adamw.rs; the gradient is
 // multiplied with tally[2] (tally.cu). Nothing moves if that is NaN.
 
-extern "C" __global__ void adamw(
+KERNEL adamw(
     float* p, const float* g, float* m, float* v, u64 n, const double* tally,
     float keep, float b1, float c1, float b2, float c2, float size, float root, float eps
 ) {

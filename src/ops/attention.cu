@@ -21,11 +21,11 @@ struct Extents {
 };
 
 // tile (TILE, D) = rows first .. first + TILE of one head, 0 beyond the end. `head` points to its row 0.
-template <int TILE>
-__device__ __forceinline__ void load_tile(float* tile, const float* head, u32 first, u32 len, u32 stride, u32 dim) {
+template <int TILE, class T>
+__device__ __forceinline__ void load_tile(float* tile, const T* head, u32 first, u32 len, u32 stride, u32 dim) {
     for (u32 i = threadIdx.x; i < TILE * dim; i += THREADS) {
         u32 r = i / dim, d = i % dim;
-        tile[r * (dim + 1) + d] = first + r < len ? head[(u64)(first + r) * stride + d] : 0.0f;
+        tile[r * (dim + 1) + d] = first + r < len ? get(head[(u64)(first + r) * stride + d]) : 0.0f;
     }
 }
 
@@ -43,10 +43,8 @@ __device__ __forceinline__ void products(const float* a, const float* b, u32 r, 
 }
 
 // o and lse of one tile of queries. Grid: (ceil(T / TILE), H, B).
-template <int TILE>
-__device__ __forceinline__ void forward(
-    Extents e, const float* q, const float* k, const float* v, float* o, float* lse
-) {
+template <int TILE, class T>
+__device__ __forceinline__ void forward(Extents e, const T* q, const T* k, const T* v, T* o, float* lse) {
     extern __shared__ float shared[];
     float* q_tile = shared;
     float* kv_tile = q_tile + TILE * (e.dim + 1);
@@ -104,18 +102,19 @@ __device__ __forceinline__ void forward(
     if (row < e.len) {
         EACH(j, FORWARD_MOST) {
             u32 d = lane + j * LANES;
-            if (d < e.dim) o[(u64)row * q_stride + d] = acc[j] / total;
+            if (d < e.dim) put(o + (u64)row * q_stride + d, acc[j] / total);
         }
         if (lane == 0) lse[((u64)blockIdx.z * e.heads + h) * e.len + row] = top + logf(total);
     }
 }
 
 // delta = rowsum(dO * O). One warp per row (b, t, h).
-extern "C" __global__ void attention_delta(Extents e, const float* o, const float* d_o, float* delta, u64 rows) {
+template <class T>
+__device__ __forceinline__ void row_delta(Extents e, const T* o, const T* d_o, float* delta, u64 rows) {
     u64 i = (u64)blockIdx.x * WARPS + threadIdx.x / 32;
     float sum = 0.0f;
     if (i < rows) {
-        for (u32 d = threadIdx.x % 32; d < e.dim; d += 32) sum += d_o[i * e.dim + d] * o[i * e.dim + d];
+        for (u32 d = threadIdx.x % 32; d < e.dim; d += 32) sum += get(d_o[i * e.dim + d]) * get(o[i * e.dim + d]);
     }
     sum = lanes_sum(sum, 32);
     if (i < rows && threadIdx.x % 32 == 0) {
@@ -140,10 +139,9 @@ __device__ __forceinline__ void probabilities(
 }
 
 // dq = scale * dS K of one tile of queries; dq may lie where q does. Grid: (ceil(T / TILE), H, B).
-template <int TILE>
+template <int TILE, class T>
 __device__ __forceinline__ void backward_q(
-    Extents e, const float* q, const float* k, const float* v, const float* lse, const float* delta,
-    const float* d_o, float* dq
+    Extents e, const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, T* dq
 ) {
     extern __shared__ float shared[];
     u32 size = TILE * (e.dim + 1);
@@ -184,17 +182,16 @@ __device__ __forceinline__ void backward_q(
     if (row < e.len) {
         EACH(j, BACKWARD_MOST) {
             u32 d = lane + j * LANES;
-            if (d < e.dim) dq[q_head + (u64)row * q_stride + d] = e.scale * acc[j];
+            if (d < e.dim) put(dq + q_head + (u64)row * q_stride + d, e.scale * acc[j]);
         }
     }
 }
 
 // dk = scale * dS^T Q and dv = P^T dO of one tile of keys, summed over the query heads that read them.
 // Grid: (ceil(T / TILE), K, B).
-template <int TILE>
+template <int TILE, class T>
 __device__ __forceinline__ void backward_kv(
-    Extents e, const float* q, const float* k, const float* v, const float* lse, const float* delta,
-    const float* d_o, float* dk, float* dv
+    Extents e, const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, T* dk, T* dv
 ) {
     extern __shared__ float shared[];
     u32 size = TILE * (e.dim + 1);
@@ -247,37 +244,41 @@ __device__ __forceinline__ void backward_kv(
         EACH(j, BACKWARD_MOST) {
             u32 d = lane + j * LANES;
             if (d < e.dim) {
-                dk[kv_head + (u64)(key + r) * kv_stride + d] = e.scale * acc_k[j];
-                dv[kv_head + (u64)(key + r) * kv_stride + d] = acc_v[j];
+                put(dk + kv_head + (u64)(key + r) * kv_stride + d, e.scale * acc_k[j]);
+                put(dv + kv_head + (u64)(key + r) * kv_stride + d, acc_v[j]);
             }
         }
     }
 }
 
-#define FORWARD(TILE) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_forward_##TILE( \
-        Extents e, const float* q, const float* k, const float* v, float* o, float* lse \
-    ) { \
+#define TILED extern "C" __global__ void __launch_bounds__(THREADS, 2)
+
+#define FORWARD(TILE, T) \
+    TILED attention_forward_##TILE##_##T(Extents e, const T* q, const T* k, const T* v, T* o, float* lse) { \
         forward<TILE>(e, q, k, v, o, lse); \
     }
 
-FORWARD(32)
-FORWARD(16)
-
-#define BACKWARD(TILE) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_backward_q_##TILE( \
-        Extents e, const float* q, const float* k, const float* v, const float* lse, const float* delta, \
-        const float* d_o, float* dq \
+#define BACKWARD(TILE, T) \
+    TILED attention_backward_q_##TILE##_##T( \
+        Extents e, const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, T* dq \
     ) { \
         backward_q<TILE>(e, q, k, v, lse, delta, d_o, dq); \
     } \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_backward_kv_##TILE( \
-        Extents e, const float* q, const float* k, const float* v, const float* lse, const float* delta, \
-        const float* d_o, float* dk, float* dv \
+    TILED attention_backward_kv_##TILE##_##T( \
+        Extents e, const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, T* dk, T* dv \
     ) { \
         backward_kv<TILE>(e, q, k, v, lse, delta, d_o, dk, dv); \
     }
 
-BACKWARD(32)
-BACKWARD(16)
-BACKWARD(8)
+#define KERNELS(T) \
+    FORWARD(32, T) \
+    FORWARD(16, T) \
+    KERNEL attention_delta_##T(Extents e, const T* o, const T* d_o, float* delta, u64 rows) { \
+        row_delta(e, o, d_o, delta, rows); \
+    } \
+    BACKWARD(32, T) \
+    BACKWARD(16, T) \
+    BACKWARD(8, T)
+
+KERNELS(f32)
+KERNELS(bf16)

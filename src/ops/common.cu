@@ -11,6 +11,39 @@ typedef unsigned long long u64;
 #define WARPS (THREADS / 32)
 #define ALL_LANES 0xffffffffu
 
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+
+// What elements are: f32, or bf16, the upper half of one. Every kernel computes in f32: it gets what it reads and puts what
+// it has computed. Kernels for both are templates, and have names that end in the type.
+typedef float f32;
+struct bf16 {
+    unsigned short bits;
+};
+
+__device__ __forceinline__ float get(f32 x) {
+    return x;
+}
+
+__device__ __forceinline__ float get(bf16 x) {
+    return __uint_as_float((u32)x.bits << 16);
+}
+
+__device__ __forceinline__ void put(f32* to, float x) {
+    *to = x;
+}
+
+__device__ __forceinline__ bool is_finite(u32 bits) {
+    return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+// The nearest bf16, the even one of two equally near. What is not finite stays so: a NaN keeps a bit that makes it one.
+__device__ __forceinline__ void put(bf16* to, float x) {
+    u32 bits = __float_as_uint(x);
+    u32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    if (!is_finite(bits)) rounded = bits | (bits & 0xffffu ? 0x400000u : 0u);
+    to->bits = (unsigned short)(rounded >> 16);
+}
+
 // Elements i of n, shared by all threads of the grid.
 #define FOR_EACH(i, n) \
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (u64)gridDim.x * blockDim.x)

@@ -1,8 +1,8 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally, adamw, attention, cross_entropy,
-    dropout, elementwise, embedding, matmul, rms_norm, rope, round, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally, adamw, attention,
+    cross_entropy, dropout, elementwise, embedding, matmul, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -16,7 +16,7 @@ impl Device for Cpu {
     type Tokens = Vec<u32>;
     type Tally = Tally;
 
-    fn zeros(&self, len: usize) -> Vec<f32> {
+    fn zeros_of(&self, _element: Element, len: usize) -> Vec<f32> {
         vec![0.0; len]
     }
 
@@ -40,11 +40,11 @@ impl Device for Cpu {
         buffer.len()
     }
 
-    fn capacity(&self, buffer: &Vec<f32>) -> usize {
-        buffer.capacity()
+    fn room(&self, buffer: &Vec<f32>) -> usize {
+        size_of::<f32>() * buffer.capacity()
     }
 
-    fn set_len(&self, buffer: &mut Vec<f32>, len: usize) {
+    fn remake(&self, buffer: &mut Vec<f32>, _element: Element, len: usize) {
         elementwise::set_len(buffer, len);
     }
 
@@ -99,8 +99,20 @@ impl Device for Cpu {
         dropout::backward(dropout, dy, dx);
     }
 
-    fn matmul(&self, alpha: f32, a: Mat<Vec<f32>>, b: Mat<Vec<f32>>, beta: f32, c: MatMut<Vec<f32>>) {
-        matmul::matmul(alpha, a, b, beta, c);
+    fn tanh_backward(&self, p: &Vec<f32>, x: &Vec<f32>, y: &Vec<f32>, dp: &mut Vec<f32>) {
+        let s = f64::from(p[0].tanh());
+        dp[0] = (f64::from(dp[0]) + (1.0 - s * s) * elementwise::dot(x, y)) as f32;
+    }
+
+    fn matmul<'a>(
+        &self,
+        alpha: impl Into<Factor<'a, Vec<f32>>>,
+        a: Mat<Vec<f32>>,
+        b: Mat<Vec<f32>>,
+        beta: f32,
+        c: MatMut<Vec<f32>>,
+    ) {
+        matmul::matmul(alpha.into(), a, b, beta, c);
     }
 
     fn embedding_forward(&self, tokens: &Vec<u32>, table: &Vec<f32>, y: &mut Vec<f32>) {
@@ -113,6 +125,19 @@ impl Device for Cpu {
 
     fn rms_norm_forward(&self, x: &Vec<f32>, weight: &Vec<f32>, eps: f32, y: &mut Vec<f32>, rstd: &mut Vec<f32>) {
         rms_norm::forward(x, weight, eps, y, rstd);
+    }
+
+    fn add_rms_norm_forward(
+        &self,
+        x: &Vec<f32>,
+        branch: &Vec<f32>,
+        sum: &mut Vec<f32>,
+        weight: &Vec<f32>,
+        eps: f32,
+        y: &mut Vec<f32>,
+        rstd: &mut Vec<f32>,
+    ) {
+        rms_norm::add_forward([x, branch], sum, weight, eps, y, rstd);
     }
 
     fn rms_norm_backward(

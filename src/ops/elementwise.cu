@@ -1,22 +1,39 @@
-// Loops over whole buffers: scale, axpy, sums.
+// Loops over whole buffers: scale, axpy, conversions, sums.
 
-extern "C" __global__ void scale(float* x, u64 n, float factor) {
+KERNEL scale(float* x, u64 n, float factor) {
     FOR_EACH(i, n) x[i] *= factor;
 }
 
-extern "C" __global__ void axpy(float alpha, const float* x, float* y, u64 n) {
+KERNEL axpy(float alpha, const float* x, float* y, u64 n) {
     FOR_EACH(i, n) y[i] += alpha * x[i];
 }
 
+KERNEL to_bf16(const float* x, bf16* y, u64 n) {
+    FOR_EACH(i, n) put(y + i, x[i]);
+}
+
+KERNEL to_f32(const bf16* x, float* y, u64 n) {
+    FOR_EACH(i, n) y[i] = get(x[i]);
+}
+
 // parts[block] = this block's share of sum x * y. The shares depend on n and the size of the grid alone.
-extern "C" __global__ void dot_parts(const float* x, const float* y, u64 n, double* parts) {
+template <class T>
+__device__ __forceinline__ void dot(const T* x, const T* y, u64 n, double* parts) {
     double sum = 0.0;
-    FOR_EACH(i, n) sum += (double)x[i] * (double)y[i];
+    FOR_EACH(i, n) sum += (double)get(x[i]) * (double)get(y[i]);
     sum = block_sum(sum);
     if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
-extern "C" __global__ void sum_parts(const float* x, u64 n, double* parts) {
+KERNEL dot_parts_f32(const f32* x, const f32* y, u64 n, double* parts) {
+    dot(x, y, n, parts);
+}
+
+KERNEL dot_parts_bf16(const bf16* x, const bf16* y, u64 n, double* parts) {
+    dot(x, y, n, parts);
+}
+
+KERNEL sum_parts(const float* x, u64 n, double* parts) {
     double sum = 0.0;
     FOR_EACH(i, n) sum += (double)x[i];
     sum = block_sum(sum);
@@ -24,9 +41,23 @@ extern "C" __global__ void sum_parts(const float* x, u64 n, double* parts) {
 }
 
 // One block: total += scale * the sum of all parts.
-extern "C" __global__ void add_parts(const double* parts, u32 count, double scale, double* total) {
+KERNEL add_parts(const double* parts, u32 count, double scale, double* total) {
     double sum = 0.0;
     for (u32 i = threadIdx.x; i < count; i += THREADS) sum += parts[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *total += scale * sum;
+}
+
+// One thread. factors = tanh(p), beta: what a product is told that has its factors on the GPU.
+KERNEL tanh_factors(const float* p, float beta, float* factors) {
+    if (threadIdx.x > 0) return;
+    factors[0] = tanhf(*p);
+    factors[1] = beta;
+}
+
+// One thread. dp += (1 - tanh(p)^2) * product
+KERNEL tanh_backward(const float* p, const double* product, float* dp) {
+    if (threadIdx.x > 0) return;
+    double s = (double)tanhf(*p);
+    *dp = (float)((double)*dp + (1.0 - s * s) * *product);
 }

@@ -3,6 +3,29 @@
 use crate::threads;
 use ndarray::{Array3, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, parallel::prelude::*};
 
+/// What a product is multiplied with.
+pub enum Factor<'a, B> {
+    /// This number.
+    Number(f32),
+    /// `tanh` of the one number in an f32 buffer.
+    Tanh(&'a B),
+}
+
+impl<B> From<f32> for Factor<'_, B> {
+    fn from(x: f32) -> Self {
+        Factor::Number(x)
+    }
+}
+
+impl Factor<'_, Vec<f32>> {
+    fn value(&self) -> f32 {
+        match self {
+            Factor::Number(x) => *x,
+            Factor::Tanh(p) => p[0].tanh(),
+        }
+    }
+}
+
 /// A row-major matrix inside a buffer, read as it lies or transposed.
 pub struct Mat<'a, B> {
     /// The buffer.
@@ -67,8 +90,8 @@ impl Mat<'_, Vec<f32>> {
 }
 
 /// `c = alpha · a · b + beta · c`: pieces of the product on rayon's threads, each a single-threaded BLAS call.
-pub fn matmul(alpha: f32, a: Mat<Vec<f32>>, b: Mat<Vec<f32>>, beta: f32, c: MatMut<Vec<f32>>) {
-    let (a, b) = (a.view(), b.view());
+pub fn matmul(alpha: Factor<Vec<f32>>, a: Mat<Vec<f32>>, b: Mat<Vec<f32>>, beta: f32, c: MatMut<Vec<f32>>) {
+    let (alpha, a, b) = (alpha.value(), a.view(), b.view());
     let (rows, cols) = (c.rows, c.cols);
     assert_eq!((a.nrows(), a.ncols(), b.ncols()), (rows, b.nrows(), cols), "matmul: shapes");
     let c = ArrayViewMut2::from_shape((rows, cols), &mut c.data[c.offset..][..rows * cols])
@@ -185,7 +208,7 @@ mod tests {
                 let ((ar, ac), (br, bc)) = (stored(ta, m, k), stored(tb, k, n));
                 let (a, b) = (Mat::new(&a, ar, ac), Mat::new(&b, br, bc));
                 let (a, b) = (if ta { a.t() } else { a }, if tb { b.t() } else { b });
-                matmul(0.5, a, b, 2.0, MatMut::new(&mut c, m, n));
+                matmul(0.5.into(), a, b, 2.0, MatMut::new(&mut c, m, n));
                 assert_close(&format!("{m}x{k}x{n} {ta} {tb}"), &c, &expected, 1e-5);
             }
         }
@@ -195,7 +218,13 @@ mod tests {
     fn rows_inside_a_buffer_are_used_and_the_others_left_alone() {
         let (a, b) = (noise(1, 10 * 4), noise(2, 6 * 4));
         let mut c = vec![f32::NAN; 5 * 6];
-        matmul(1.0, Mat::new(&a, 3, 4).from_row(2), Mat::new(&b, 6, 4).t(), 0.0, MatMut::new(&mut c, 3, 6).from_row(1));
+        matmul(
+            1.0.into(),
+            Mat::new(&a, 3, 4).from_row(2),
+            Mat::new(&b, 6, 4).t(),
+            0.0,
+            MatMut::new(&mut c, 3, 6).from_row(1),
+        );
         assert_close("rows", &c[6..24], &reference(&a[8..20], false, &b, true, (3, 4, 6)), 1e-6);
         assert!(c[..6].iter().chain(&c[24..]).all(|x| x.is_nan()));
     }

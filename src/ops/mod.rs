@@ -38,7 +38,7 @@ pub use cuda::{
     Communicator, Cuda, CudaOptions, FOLDERS_VARIABLE, GpuGram, GpuMatrix, NcclId, NcclLibrary, Products, Solver, Sum,
 };
 pub use dropout::Dropout;
-pub use matmul::{Mat, MatMut};
+pub use matmul::{Factor, Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};
 pub use rope::RopeShape;
 pub use round::Rounding;
@@ -47,9 +47,18 @@ pub use tally::Tally;
 use crate::error::Result;
 use std::borrow::Cow;
 
+/// What the elements of a buffer are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// Single precision.
+    F32,
+    /// bfloat16, where the device has it; elsewhere f32. Operations read and write it, and compute in f32.
+    Bf16,
+}
+
 /// Where buffers live and operations run.
 pub trait Device: Send + Sync {
-    /// f32 elements on the device.
+    /// Elements on the device: f32 but for activations, their gradients, and weights that products read, which may be bf16.
     type Buffer: Send + Sync + 'static;
     /// u32 elements on the device: token ids.
     type Tokens: Send + Sync;
@@ -57,10 +66,14 @@ pub trait Device: Send + Sync {
     type Tally: Send + Sync;
 
     /// A new buffer of zeros.
-    fn zeros(&self, len: usize) -> Self::Buffer;
-    /// A new buffer with these values.
+    fn zeros_of(&self, element: Element, len: usize) -> Self::Buffer;
+    /// A new buffer of f32 zeros.
+    fn zeros(&self, len: usize) -> Self::Buffer {
+        self.zeros_of(Element::F32, len)
+    }
+    /// A new f32 buffer with these values.
     fn upload(&self, values: &[f32]) -> Self::Buffer;
-    /// Replaces the whole buffer.
+    /// Replaces the whole buffer, rounding to the nearest where it is bf16.
     fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
     /// The whole buffer.
     fn read(&self, buffer: &Self::Buffer) -> Vec<f32>;
@@ -70,10 +83,14 @@ pub trait Device: Send + Sync {
     }
     /// Elements of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
-    /// Elements that a buffer was made for.
-    fn capacity(&self, buffer: &Self::Buffer) -> usize;
-    /// Gives a buffer another length, up to its capacity, without another allocation. What it holds then is not defined.
-    fn set_len(&self, buffer: &mut Self::Buffer, len: usize);
+    /// Bytes that an element takes here.
+    fn width(&self, _element: Element) -> usize {
+        size_of::<f32>()
+    }
+    /// Bytes that a buffer has room for.
+    fn room(&self, buffer: &Self::Buffer) -> usize;
+    /// Makes another buffer of one that has the room, without another allocation. What it holds then is not defined.
+    fn remake(&self, buffer: &mut Self::Buffer, element: Element, len: usize);
     /// New token ids.
     fn upload_tokens(&self, tokens: &[u32]) -> Self::Tokens;
     /// Waits for everything that was asked for; whether all of it succeeded.
@@ -89,7 +106,7 @@ pub trait Device: Send + Sync {
     fn scale(&self, x: &mut Self::Buffer, factor: f32);
     /// `y += alpha · x`.
     fn axpy(&self, alpha: f32, x: &Self::Buffer, y: &mut Self::Buffer);
-    /// `y = x`.
+    /// `y = x`, rounded to the nearest where y is bf16 and x is not.
     fn copy(&self, x: &Self::Buffer, y: &mut Self::Buffer);
     /// Every element to a number that bf16 holds.
     fn round_to_bf16(&self, rounding: Rounding, x: &mut Self::Buffer);
@@ -97,16 +114,18 @@ pub trait Device: Send + Sync {
     fn sum_of_squares(&self, x: &Self::Buffer) -> f64;
     /// `sum x · y`, in f64.
     fn dot(&self, x: &Self::Buffer, y: &Self::Buffer) -> f64;
+    /// `dp += (1 - tanh² p) · sum x · y`, of one number p: the gradient of a product's factor [`Factor::Tanh`].
+    fn tanh_backward(&self, p: &Self::Buffer, x: &Self::Buffer, y: &Self::Buffer, dp: &mut Self::Buffer);
 
     /// `y = x / (1 - p)` where `dropout` keeps, else 0, for as many elements as both have.
     fn dropout_forward(&self, dropout: Dropout, x: &Self::Buffer, y: &mut Self::Buffer);
     /// `dx += dy / (1 - p)` where `dropout` keeps, for as many elements as both have.
     fn dropout_backward(&self, dropout: Dropout, dy: &Self::Buffer, dx: &mut Self::Buffer);
 
-    /// `c = alpha · a · b + beta · c`; with `beta` 0, `c` is not read.
-    fn matmul(
+    /// `c = alpha · a · b + beta · c`; with `beta` 0, `c` is not read. a and b have the same elements; c has those or f32.
+    fn matmul<'a>(
         &self,
-        alpha: f32,
+        alpha: impl Into<Factor<'a, Self::Buffer>>,
         a: Mat<'_, Self::Buffer>,
         b: Mat<'_, Self::Buffer>,
         beta: f32,
@@ -119,10 +138,22 @@ pub trait Device: Send + Sync {
     fn embedding_backward(&self, tokens: &Self::Tokens, dy: &Self::Buffer, dtable: &mut Self::Buffer);
 
     /// RMSNorm over the last axis (arXiv:1910.07467): `y = weight · x · rstd`, `rstd = (mean x² + eps)^-1/2`.
-    /// x, y (N, C); weight (C); rstd (N), kept for backward.
+    /// x, y (N, C); weight (C); rstd (N), kept for backward. Weight and rstd are f32.
     fn rms_norm_forward(
         &self,
         x: &Self::Buffer,
+        weight: &Self::Buffer,
+        eps: f32,
+        y: &mut Self::Buffer,
+        rstd: &mut Self::Buffer,
+    );
+    /// `sum = x + branch`, and [`Device::rms_norm_forward`] of that: the residual stream goes on, and into the next norm.
+    #[allow(clippy::too_many_arguments)]
+    fn add_rms_norm_forward(
+        &self,
+        x: &Self::Buffer,
+        branch: &Self::Buffer,
+        sum: &mut Self::Buffer,
         weight: &Self::Buffer,
         eps: f32,
         y: &mut Self::Buffer,

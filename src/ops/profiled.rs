@@ -1,7 +1,7 @@
 //! A device that notes how long each operation of another one takes. It waits for each, so that a device that works while
 //! the host goes on is timed, too.
 
-use super::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally};
+use super::{AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally};
 use crate::error::Result;
 use serde::Serialize;
 use std::{
@@ -129,9 +129,9 @@ impl<D: Device> Device for Profiled<D> {
     type Tokens = D::Tokens;
     type Tally = D::Tally;
 
-    fn zeros(&self, len: usize) -> D::Buffer {
+    fn zeros_of(&self, element: Element, len: usize) -> D::Buffer {
         self.note_allocation(len);
-        self.time("allocate", |d| d.zeros(len))
+        self.time("allocate", |d| d.zeros_of(element, len))
     }
 
     fn upload(&self, values: &[f32]) -> D::Buffer {
@@ -155,12 +155,16 @@ impl<D: Device> Device for Profiled<D> {
         self.device.len(buffer)
     }
 
-    fn capacity(&self, buffer: &D::Buffer) -> usize {
-        self.device.capacity(buffer)
+    fn width(&self, element: Element) -> usize {
+        self.device.width(element)
     }
 
-    fn set_len(&self, buffer: &mut D::Buffer, len: usize) {
-        self.time("allocate", |d| d.set_len(buffer, len));
+    fn room(&self, buffer: &D::Buffer) -> usize {
+        self.device.room(buffer)
+    }
+
+    fn remake(&self, buffer: &mut D::Buffer, element: Element, len: usize) {
+        self.time("allocate", |d| d.remake(buffer, element, len));
     }
 
     fn upload_tokens(&self, tokens: &[u32]) -> D::Tokens {
@@ -215,7 +219,18 @@ impl<D: Device> Device for Profiled<D> {
         self.time("dropout, backward", |d| d.dropout_backward(dropout, dy, dx));
     }
 
-    fn matmul(&self, alpha: f32, a: Mat<'_, D::Buffer>, b: Mat<'_, D::Buffer>, beta: f32, c: MatMut<'_, D::Buffer>) {
+    fn tanh_backward(&self, p: &D::Buffer, x: &D::Buffer, y: &D::Buffer, dp: &mut D::Buffer) {
+        self.time("tanh, backward", |d| d.tanh_backward(p, x, y, dp));
+    }
+
+    fn matmul<'a>(
+        &self,
+        alpha: impl Into<Factor<'a, D::Buffer>>,
+        a: Mat<'_, D::Buffer>,
+        b: Mat<'_, D::Buffer>,
+        beta: f32,
+        c: MatMut<'_, D::Buffer>,
+    ) {
         let (rows, cols) = (c.rows, c.cols);
         let inner = if a.transposed { a.rows } else { a.cols };
         let name = || format!("matmul {rows} x {inner} x {cols}");
@@ -233,6 +248,19 @@ impl<D: Device> Device for Profiled<D> {
 
     fn rms_norm_forward(&self, x: &D::Buffer, weight: &D::Buffer, eps: f32, y: &mut D::Buffer, rstd: &mut D::Buffer) {
         self.time("rms_norm", |d| d.rms_norm_forward(x, weight, eps, y, rstd));
+    }
+
+    fn add_rms_norm_forward(
+        &self,
+        x: &D::Buffer,
+        branch: &D::Buffer,
+        sum: &mut D::Buffer,
+        weight: &D::Buffer,
+        eps: f32,
+        y: &mut D::Buffer,
+        rstd: &mut D::Buffer,
+    ) {
+        self.time("add and rms_norm", |d| d.add_rms_norm_forward(x, branch, sum, weight, eps, y, rstd));
     }
 
     fn rms_norm_backward(

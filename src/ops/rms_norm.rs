@@ -26,6 +26,29 @@ fn forward_block(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32], rstd: &mut 
     }
 }
 
+/// `sum = x + branch`, and [`forward`] of that.
+pub fn add_forward(
+    [x, branch]: [&[f32]; 2],
+    sum: &mut [f32],
+    weight: &[f32],
+    eps: f32,
+    y: &mut [f32],
+    rstd: &mut [f32],
+) {
+    let width = weight.len();
+    let len = rstd.len() * width;
+    assert_eq!([x.len(), branch.len(), sum.len(), y.len()], [len; 4], "rms_norm: rows");
+    let size = ROWS * width;
+    let inputs = x.par_chunks(size).zip(branch.par_chunks(size));
+    let outputs = sum.par_chunks_mut(size).zip(y.par_chunks_mut(size)).zip(rstd.par_chunks_mut(ROWS));
+    inputs.zip(outputs).for_each(|((x, branch), ((sum, y), rstd))| {
+        for ((sum, x), branch) in sum.iter_mut().zip(x).zip(branch) {
+            *sum = x + branch;
+        }
+        forward_block(sum, weight, eps, y, rstd);
+    });
+}
+
 /// With `n = x · rstd` and `g = weight · dy`: `dx += rstd · (g - n · mean(g · n))`, `dweight += sum over rows of dy · n`.
 pub fn backward(x: &[f32], weight: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32], dweight: Option<&mut [f32]>) {
     let width = weight.len();
@@ -93,6 +116,10 @@ mod tests {
         forward(&x, &w, EPS as f32, &mut y, &mut rstd);
         let (x64, w64, dy64) = (wide(&x), wide(&w), wide(&dy));
         assert_close("y", &y, &reference(&x64, &w64), 1e-6);
+        let (half, mut sum) = (x.iter().map(|x| 0.5 * x).collect::<Vec<f32>>(), vec![9.0; x.len()]);
+        let before = (y.clone(), rstd.clone());
+        add_forward([&half, &half], &mut sum, &w, EPS as f32, &mut y, &mut rstd);
+        assert!(sum == x && (y, rstd.clone()) == before);
 
         let (mut dx, mut dw) = (noise(4, x.len()), noise(5, width));
         let add = |start: &[f32], g: Vec<f64>| wide(start).iter().zip(g).map(|(a, b)| a + b).collect::<Vec<_>>();

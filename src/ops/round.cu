@@ -1,10 +1,6 @@
 // Rounding to bf16: the upper half of an f32, to the nearest (ties to even) or by chance.
 
-__device__ __forceinline__ bool is_finite(u32 bits) {
-    return (bits & 0x7f800000u) != 0x7f800000u;
-}
-
-extern "C" __global__ void round_nearest(float* x, u64 n) {
+KERNEL round_nearest(float* x, u64 n) {
     FOR_EACH(i, n) {
         u32 bits = __float_as_uint(x[i]);
         u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
@@ -13,7 +9,7 @@ extern "C" __global__ void round_nearest(float* x, u64 n) {
 }
 
 // Adds 16 random bits below the last one that stays. A thread takes the four elements of a counter.
-extern "C" __global__ void round_stochastic(float* x, u64 n, u64 key) {
+KERNEL round_stochastic(float* x, u64 n, u64 key) {
     FOR_EACH(counter, counters_for(n)) {
         Words random = philox(counter, key);
         for (int w = 0; w < 4; w++) {

@@ -1,7 +1,7 @@
 // The factor that clips a gradient, as tally.rs has it. tally: loss, sum of squares, factor.
 
 // One thread.
-extern "C" __global__ void clip(double* tally, double max_norm) {
+KERNEL clip(double* tally, double max_norm) {
     if (threadIdx.x > 0) return;
     double norm = sqrt(tally[1]);
     double finite = (tally[0] + norm) * 0.0; // NaN, if one of them is not

@@ -7,24 +7,28 @@
 #include <dlfcn.h>
 #include <vector>
 
-enum Status { OK = 0, NOT_INITIALIZED = 1, INVALID_VALUE = 7, EXECUTION_FAILED = 13 };
+enum Status { OK = 0, NOT_INITIALIZED = 1, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 
 struct Handle {
     void* stream;
     int mode;
+    bool factors_on_gpu;
+};
+
+// Of elements: f32, bf16.
+enum Type { F32 = 0, BF16 = 14 };
+
+struct Matrix {
+    char* data;
+    int type, ld;
+    long long stride;
+    bool transposed;
 };
 
 struct Product {
-    bool ta, tb;
-    int m, n, k;
-    float alpha;
-    const float* a;
-    int lda;
-    const float* b;
-    int ldb;
-    float beta;
-    float* c;
-    int ldc;
+    int m, n, k, count;
+    const float *alpha, *beta;
+    Matrix a, b, c;
     bool tf32;
 };
 
@@ -36,23 +40,43 @@ static float tf32(float x) {
     return x;
 }
 
+static float get(const Matrix& x, size_t i) {
+    if (x.type == F32) return ((float*)x.data)[i];
+    uint32_t bits = (uint32_t)((uint16_t*)x.data)[i] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static void put(const Matrix& x, size_t i, float value) {
+    if (x.type == F32) {
+        ((float*)x.data)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+    if (finite) bits += 0x7fff + ((bits >> 16) & 1);
+    ((uint16_t*)x.data)[i] = bits >> 16;
+}
+
 // The matrix by columns, not transposed any more: rows x cols.
-static std::vector<float> plain(const float* x, int ld, int rows, int cols, bool transposed, bool round) {
+static std::vector<float> plain(const Matrix& x, int rows, int cols, bool round) {
     std::vector<float> y((size_t)rows * cols);
     for (int j = 0; j < cols; j++) {
         for (int i = 0; i < rows; i++) {
-            float value = transposed ? x[(size_t)i * ld + j] : x[(size_t)j * ld + i];
+            float value = get(x, x.transposed ? (size_t)i * x.ld + j : (size_t)j * x.ld + i);
             y[(size_t)j * rows + i] = round ? tf32(value) : value;
         }
     }
     return y;
 }
 
-static void run(void* argument) {
-    const Product& p = *(Product*)argument;
-    auto a = plain(p.a, p.lda, p.m, p.k, p.ta, p.tf32);
-    auto b = plain(p.b, p.ldb, p.k, p.n, p.tb, p.tf32);
+static void multiply(const Product& p) {
+    auto a = plain(p.a, p.m, p.k, p.tf32);
+    auto b = plain(p.b, p.k, p.n, p.tf32);
     std::vector<float> sums(4 * (size_t)p.m);
+    float alpha = *p.alpha, beta = *p.beta;
     for (int first = 0; first < p.n; first += 4) {
         int count = p.n - first < 4 ? p.n - first : 4;
         std::fill(sums.begin(), sums.end(), 0.0f);
@@ -69,12 +93,20 @@ static void run(void* argument) {
             }
         }
         for (int j = 0; j < count; j++) {
-            float* c = p.c + (size_t)(first + j) * p.ldc;
+            size_t column = (size_t)(first + j) * p.c.ld;
             for (int i = 0; i < p.m; i++) {
-                float sum = p.alpha * sums[(size_t)j * p.m + i];
-                c[i] = p.beta == 0.0f ? sum : sum + p.beta * c[i];
+                float sum = alpha * sums[(size_t)j * p.m + i];
+                put(p.c, column + i, beta == 0.0f ? sum : sum + beta * get(p.c, column + i));
             }
         }
+    }
+}
+
+static void run(void* argument) {
+    Product p = *(Product*)argument;
+    for (int i = 0; i < p.count; i++) {
+        multiply(p);
+        for (Matrix* x : {&p.a, &p.b, &p.c}) x->data += x->stride * (x->type == F32 ? 4 : 2);
     }
 }
 
@@ -90,7 +122,7 @@ extern "C" {
 
 Status cublasCreate_v2(Handle** handle) {
     if (!protect()) return NOT_INITIALIZED;
-    *handle = new Handle{nullptr, 0};
+    *handle = new Handle{nullptr, 0, false};
     return OK;
 }
 
@@ -109,15 +141,46 @@ Status cublasSetMathMode(Handle* handle, int mode) {
     return OK;
 }
 
-Status cublasSgemm_v2(
-    Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, const float* a, int lda, const float* b,
-    int ldb, const float* beta, float* c, int ldc
-) {
-    if (!handle->stream || m < 0 || n < 0 || k < 0 || lda < (ta ? k : m) || ldb < (tb ? n : k) || ldc < m) {
+Status cublasSetPointerMode_v2(Handle* handle, int mode) {
+    handle->factors_on_gpu = mode == 1;
+    return OK;
+}
+
+// The kinds of elements and of sums that a product may have: those that the program asks for.
+static Status product(Handle* handle, Product& p, int compute, int algorithm) {
+    bool a_fits = p.a.ld >= (p.a.transposed ? p.k : p.m), b_fits = p.b.ld >= (p.b.transposed ? p.n : p.k);
+    bool known = (p.a.type == F32 || p.a.type == BF16) && p.a.type == p.b.type && (p.c.type == F32 || p.c.type == p.a.type);
+    if (!handle->stream || p.m <= 0 || p.n <= 0 || p.k <= 0 || p.count <= 0 || !a_fits || !b_fits || p.c.ld < p.m) {
         return INVALID_VALUE;
     }
-    Product product = {ta != 0, tb != 0, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, handle->mode == 3};
-    return protect()("cublasSgemm", run, &product) == 0 ? OK : EXECUTION_FAILED;
+    if (!known || compute != 68 || algorithm != -1) return NOT_SUPPORTED;
+    p.tf32 = handle->mode == 3 && p.a.type == F32;
+    return protect()("a product", run, &p) == 0 ? OK : EXECUTION_FAILED;
+}
+
+Status cublasGemmEx(
+    Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, char* a, int at, int lda, char* b, int bt,
+    int ldb, const float* beta, char* c, int ct, int ldc, int compute, int algorithm
+) {
+    Product p = {m, n, k, 1, alpha, beta, {a, at, lda, 0, ta != 0}, {b, bt, ldb, 0, tb != 0}, {c, ct, ldc, 0, false}, false};
+    return product(handle, p, compute, algorithm);
+}
+
+Status cublasGemmStridedBatchedEx(
+    Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, char* a, int at, int lda, long long sa,
+    char* b, int bt, int ldb, long long sb, const float* beta, char* c, int ct, int ldc, long long sc, int count,
+    int compute, int algorithm
+) {
+    Product p = {m, n, k, count, alpha, beta, {a, at, lda, sa, ta != 0}, {b, bt, ldb, sb, tb != 0}, {c, ct, ldc, sc, false},
+                 false};
+    return product(handle, p, compute, algorithm);
+}
+
+Status cublasSgemm_v2(
+    Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, char* a, int lda, char* b, int ldb,
+    const float* beta, char* c, int ldc
+) {
+    return cublasGemmEx(handle, ta, tb, m, n, k, alpha, a, F32, lda, b, F32, ldb, beta, c, F32, ldc, 68, -1);
 }
 }
 

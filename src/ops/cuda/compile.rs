@@ -31,32 +31,42 @@ struct Source {
     name: &'static str,
     text: &'static str,
     kernels: &'static [&'static str],
+    /// Kernels that exist for f32 and for bf16, without these endings.
+    typed: &'static [&'static str],
 }
 
 macro_rules! source {
-    ($name:literal: $($kernel:literal),+) => {
-        Source { name: $name, text: include_str!(concat!("../", $name)), kernels: &[$($kernel),+] }
+    ($name:literal: $($kernel:literal),* ; $($typed:literal),*) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("../", $name)),
+            kernels: &[$($kernel),*],
+            typed: &[$($typed),*],
+        }
     };
 }
 
-const SOURCES: [Source; 11] = [
-    source!("adamw.cu": "adamw"),
-    source!("attention.cu": "attention_forward_32", "attention_forward_16", "attention_delta",
+const SOURCES: [Source; 12] = [
+    source!("adamw.cu": "adamw";),
+    source!("attention.cu": ; "attention_forward_32", "attention_forward_16", "attention_delta",
         "attention_backward_q_32", "attention_backward_q_16", "attention_backward_q_8",
         "attention_backward_kv_32", "attention_backward_kv_16", "attention_backward_kv_8"),
-    source!("cross_entropy.cu": "cross_entropy"),
-    source!("dropout.cu": "dropout_forward", "dropout_backward"),
-    source!("elementwise.cu": "scale", "axpy", "dot_parts", "sum_parts", "add_parts"),
-    source!("embedding.cu": "embedding_forward", "embedding_backward"),
-    source!("rms_norm.cu": "rms_norm_forward", "rms_norm_backward", "rms_norm_dweight_parts", "rms_norm_dweight"),
-    source!("rope.cu": "rope"),
-    source!("round.cu": "round_nearest", "round_stochastic"),
-    source!("swiglu.cu": "swiglu_forward", "swiglu_backward"),
-    source!("tally.cu": "clip"),
+    source!("cross_entropy.cu": ; "cross_entropy"),
+    source!("dropout.cu": ; "dropout_forward", "dropout_backward"),
+    source!("elementwise.cu": "scale", "axpy", "to_bf16", "to_f32", "sum_parts", "add_parts", "tanh_factors",
+        "tanh_backward"; "dot_parts"),
+    source!("embedding.cu": ; "embedding_forward", "embedding_backward"),
+    source!("rms_norm.cu": "rms_norm_dweight"; "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward",
+        "rms_norm_dweight_parts"),
+    source!("rope.cu": ; "rope"),
+    source!("round.cu": "round_nearest", "round_stochastic";),
+    source!("softmax.cu": ; "softmax_forward", "softmax_backward"),
+    source!("swiglu.cu": ; "swiglu_forward", "swiglu_backward"),
+    source!("tally.cu": "clip";),
 ];
 
 /// The kernels by name, loaded. Modules stay loaded as long as the context.
-pub struct Kernels(HashMap<&'static str, driver::CUfunction>);
+pub struct Kernels(HashMap<String, driver::CUfunction>);
 
 // SAFETY: the handles are the driver's, which may be used from any thread.
 unsafe impl Send for Kernels {}
@@ -75,12 +85,13 @@ impl Kernels {
             // SAFETY: the code is a whole image, as the compiler made it.
             let result = unsafe { driver::cuModuleLoadData(&mut module, code.as_ptr().cast()) };
             gpu.check(&format!("loading the kernels of {}", source.name), result)?;
-            for name in source.kernels {
-                let (mut function, c_name) = (ptr::null_mut(), c_string(name));
+            let typed = source.typed.iter().flat_map(|name| ["f32", "bf16"].map(|element| format!("{name}_{element}")));
+            for name in source.kernels.iter().map(|name| (*name).to_owned()).chain(typed) {
+                let (mut function, c_name) = (ptr::null_mut(), c_string(&name));
                 // SAFETY: the module is loaded, the name ends with a zero byte.
                 let result = unsafe { driver::cuModuleGetFunction(&mut function, module, c_name.as_ptr()) };
                 gpu.check(&format!("finding the kernel {name}"), result)?;
-                kernels.insert(*name, function);
+                kernels.insert(name, function);
             }
         }
         Ok(Kernels(kernels))

@@ -1,57 +1,21 @@
 //! Every operation as a launch of its kernels. What a kernel does, and which grid it expects, stands beside it.
 
-use super::{Arg, Cuda, Extents, THREADS, blocks, memory::Memory};
+use super::{
+    Arg, Cuda, THREADS, WARPS, attention,
+    blas::{Alpha, Matrix, Product},
+    blocks,
+    buffer::{CudaBuffer, CudaTally, CudaTokens, width},
+    typed,
+};
 use crate::{
     error::Result,
-    ops::{AdamW, AttentionShape, Device, Dropout, Mat, MatMut, RopeShape, Rounding, Tally},
+    ops::{AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally},
 };
+use half::bf16;
 use std::{collections::BTreeMap, sync::PoisonError};
-
-/// f32 elements on a GPU; the memory may have room for more.
-pub struct CudaBuffer {
-    memory: Memory,
-    len: usize,
-}
-
-impl From<&CudaBuffer> for Arg {
-    fn from(x: &CudaBuffer) -> Arg {
-        Arg::from(&x.memory)
-    }
-}
-
-impl From<&&mut CudaBuffer> for Arg {
-    fn from(x: &&mut CudaBuffer) -> Arg {
-        Arg::from(&x.memory)
-    }
-}
-
-impl CudaBuffer {
-    /// From element `offset` on.
-    fn at(&self, offset: usize) -> Arg {
-        Arg::U64(self.memory.address() + 4 * offset as u64)
-    }
-}
-
-/// Token ids on a GPU, and on the host: the scatter-add wants them sorted.
-pub struct CudaTokens {
-    memory: Memory,
-    host: Vec<u32>,
-}
-
-/// Three f64: loss, sum of squares, factor.
-pub struct CudaTally(Memory);
-
-impl CudaTally {
-    fn at(&self, index: u64) -> Arg {
-        Arg::U64(self.0.address() + 8 * index)
-    }
-}
 
 /// Rows that one thread adds up in the gradient of a norm's weight: `ROWS` of rms_norm.cu.
 const NORM_ROWS: usize = 64;
-
-/// Warps of a block: `WARPS` of common.cu.
-const WARPS: u32 = THREADS / 32;
 
 /// Blocks that sum a buffer, each a part of it.
 const PARTS: u32 = 1024;
@@ -79,17 +43,6 @@ impl Cuda {
         let mut sum = [0f64];
         self.attempt(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
     }
-
-    fn extents(shape: &AttentionShape) -> Extents {
-        let &AttentionShape { len, heads, kv_heads, head_dim, .. } = shape;
-        let [len, heads, kv_heads, dim] = [len, heads, kv_heads, head_dim].map(|x| x as u32);
-        Extents { len, heads, kv_heads, dim, scale: shape.scale() }
-    }
-}
-
-/// Bytes of shared memory for `whole` tiles of `tile` rows of D, and `square` tiles of scores.
-fn shared_bytes(tile: usize, head_dim: usize, whole: usize, square: usize) -> u32 {
-    (4 * tile * (whole * (head_dim + 1) + square * (tile + 1))) as u32
 }
 
 impl Device for Cuda {
@@ -97,43 +50,60 @@ impl Device for Cuda {
     type Tokens = CudaTokens;
     type Tally = CudaTally;
 
-    fn zeros(&self, len: usize) -> CudaBuffer {
-        let mut memory = self.allocate(len);
+    fn zeros_of(&self, element: Element, len: usize) -> CudaBuffer {
+        let mut memory = self.allocate_bytes(width(element) * len);
         self.attempt(|_| memory.fill(0));
-        CudaBuffer { memory, len }
+        CudaBuffer { memory, element, len }
     }
 
     fn upload(&self, values: &[f32]) -> CudaBuffer {
         let mut memory = self.allocate(values.len());
         self.attempt(|_| memory.write(values));
-        CudaBuffer { memory, len: values.len() }
+        CudaBuffer { memory, element: Element::F32, len: values.len() }
     }
 
     fn write(&self, buffer: &mut CudaBuffer, values: &[f32]) {
         assert_eq!(buffer.len, values.len(), "write: lengths");
-        self.attempt(|_| buffer.memory.write(values));
+        self.attempt(|_| match buffer.element {
+            Element::F32 => buffer.memory.write(values),
+            Element::Bf16 => {
+                buffer.memory.write(&values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect::<Vec<u16>>())
+            }
+        });
     }
 
     fn read(&self, buffer: &CudaBuffer) -> Vec<f32> {
-        let mut values = vec![f32::NAN; buffer.len];
-        if self.attempt(|_| buffer.memory.read(&mut values)).is_none() {
-            values.fill(f32::NAN);
-        }
-        values
+        let values = self.attempt(|_| match buffer.element {
+            Element::F32 => {
+                let mut values = vec![0f32; buffer.len];
+                buffer.memory.read(&mut values).map(|()| values)
+            }
+            Element::Bf16 => {
+                let mut bits = vec![0u16; buffer.len];
+                buffer.memory.read(&mut bits)?;
+                Ok(bits.into_iter().map(|b| bf16::from_bits(b).to_f32()).collect())
+            }
+        });
+        values.unwrap_or_else(|| vec![f32::NAN; buffer.len])
     }
 
     fn len(&self, buffer: &CudaBuffer) -> usize {
         buffer.len
     }
 
-    fn capacity(&self, buffer: &CudaBuffer) -> usize {
-        // Where no memory was to be had, the failure is remembered, and any length will do.
-        buffer.len.max(buffer.memory.bytes() / 4)
+    fn width(&self, element: Element) -> usize {
+        width(element)
     }
 
-    fn set_len(&self, buffer: &mut CudaBuffer, len: usize) {
-        assert!(len <= self.capacity(buffer), "set_len: {len} elements in a buffer made for {}", self.capacity(buffer));
-        buffer.len = len;
+    fn room(&self, buffer: &CudaBuffer) -> usize {
+        // Where no memory was to be had, the failure is remembered, and any length will do.
+        buffer.memory.bytes().max(width(buffer.element) * buffer.len)
+    }
+
+    fn remake(&self, buffer: &mut CudaBuffer, element: Element, len: usize) {
+        let (needed, room) = (width(element) * len, self.room(buffer));
+        assert!(needed <= room, "remake: {needed} bytes in a buffer of {room}");
+        (buffer.element, buffer.len) = (element, len);
     }
 
     fn upload_tokens(&self, tokens: &[u32]) -> CudaTokens {
@@ -156,24 +126,30 @@ impl Device for Cuda {
     }
 
     fn fill(&self, x: &mut CudaBuffer, value: f32) {
-        self.attempt(|_| x.memory.fill(value.to_bits()));
+        self.attempt(|_| match x.element {
+            Element::F32 => x.memory.fill(value.to_bits()),
+            Element::Bf16 => x.memory.fill(u32::from(bf16::from_f32(value).to_bits()) * 0x1_0001),
+        });
     }
 
     fn scale(&self, x: &mut CudaBuffer, factor: f32) {
+        only_f32("scale", &[x]);
         self.launch_each("scale", x.len, &[(&x).into(), x.len.into(), factor.into()]);
     }
 
     fn axpy(&self, alpha: f32, x: &CudaBuffer, y: &mut CudaBuffer) {
         assert_eq!(x.len, y.len, "axpy: lengths");
+        only_f32("axpy", &[x, y]);
         self.launch_each("axpy", x.len, &[alpha.into(), x.into(), (&y).into(), x.len.into()]);
     }
 
     fn copy(&self, x: &CudaBuffer, y: &mut CudaBuffer) {
         assert_eq!(x.len, y.len, "copy: lengths");
-        self.attempt(|_| y.memory.copy_from(&x.memory, 4 * x.len));
+        self.convert((x.address(0), x.element), (y.address(0), y.element), x.len);
     }
 
     fn round_to_bf16(&self, rounding: Rounding, x: &mut CudaBuffer) {
+        only_f32("rounding", &[x]);
         match rounding {
             Rounding::Nearest => self.launch_each("round_nearest", x.len, &[(&x).into(), x.len.into()]),
             Rounding::Stochastic(key) => {
@@ -187,27 +163,45 @@ impl Device for Cuda {
     }
 
     fn dot(&self, x: &CudaBuffer, y: &CudaBuffer) -> f64 {
-        assert_eq!(x.len, y.len, "dot: lengths");
-        self.sum_of("dot_parts", &[x, y])
+        assert!(x.len == y.len && x.element == y.element, "dot: lengths");
+        self.sum_of(typed!("dot_parts", x.element), &[x, y])
     }
 
     fn sum(&self, x: &CudaBuffer) -> f64 {
+        only_f32("sum", &[x]);
         self.sum_of("sum_parts", &[x])
     }
 
     fn dropout_forward(&self, dropout: Dropout, x: &CudaBuffer, y: &mut CudaBuffer) {
         let (n, key, threshold, factor) = (x.len.min(y.len), dropout.key, dropout.threshold(), dropout.factor());
         let args = [x.into(), (&y).into(), n.into(), key.into(), threshold.into(), factor.into()];
-        self.launch_each("dropout_forward", n, &args);
+        assert_eq!(x.element, y.element, "dropout: elements");
+        self.launch_each(typed!("dropout_forward", x.element), n, &args);
     }
 
     fn dropout_backward(&self, dropout: Dropout, dy: &CudaBuffer, dx: &mut CudaBuffer) {
         let (n, key, threshold, factor) = (dy.len.min(dx.len), dropout.key, dropout.threshold(), dropout.factor());
         let args = [dy.into(), (&dx).into(), n.into(), key.into(), threshold.into(), factor.into()];
-        self.launch_each("dropout_backward", n, &args);
+        assert_eq!(dx.element, dy.element, "dropout: elements");
+        self.launch_each(typed!("dropout_backward", dx.element), n, &args);
     }
 
-    fn matmul(&self, alpha: f32, a: Mat<'_, CudaBuffer>, b: Mat<'_, CudaBuffer>, beta: f32, c: MatMut<'_, CudaBuffer>) {
+    fn tanh_backward(&self, p: &CudaBuffer, x: &CudaBuffer, y: &CudaBuffer, dp: &mut CudaBuffer) {
+        assert!(x.len == y.len && x.element == y.element, "tanh: lengths");
+        let mut sum = self.allocate(2);
+        self.attempt(|_| sum.fill(0));
+        self.add_up(typed!("dot_parts", x.element), &[x, y], 1.0, (&sum).into());
+        self.launch("tanh_backward", [1; 3], 0, &[p.into(), (&sum).into(), (&dp).into()]);
+    }
+
+    fn matmul<'a>(
+        &self,
+        alpha: impl Into<Factor<'a, CudaBuffer>>,
+        a: Mat<'_, CudaBuffer>,
+        b: Mat<'_, CudaBuffer>,
+        beta: f32,
+        c: MatMut<'_, CudaBuffer>,
+    ) {
         let extents = |m: &Mat<'_, CudaBuffer>| if m.transposed { (m.cols, m.rows) } else { (m.rows, m.cols) };
         let ((rows, inner), (b_rows, cols)) = (extents(&a), extents(&b));
         assert_eq!((rows, inner, cols), (c.rows, b_rows, c.cols), "matmul: shapes");
@@ -217,23 +211,36 @@ impl Device for Cuda {
         if rows == 0 || cols == 0 || inner == 0 {
             return;
         }
-        let [a_data, b_data, mut c_data] = [a.data, b.data, &*c.data].map(|x| x.memory.address());
-        let a = Mat { data: &a_data, offset: a.offset, rows: a.rows, cols: a.cols, transposed: a.transposed };
-        let b = Mat { data: &b_data, offset: b.offset, rows: b.rows, cols: b.cols, transposed: b.transposed };
-        let c = MatMut { data: &mut c_data, offset: c.offset, rows: c.rows, cols: c.cols };
-        self.attempt(|gpu| self.0.blas.matmul(gpu, alpha, a, b, beta, c));
+        let matrix = |x: &Mat<'_, CudaBuffer>| {
+            let m = Matrix::new(x.data.address(0), x.data.element, x.offset, x.cols);
+            if x.transposed { m.t() } else { m }
+        };
+        let factors = self.allocate(2);
+        let alpha = match alpha.into() {
+            Factor::Number(x) => Alpha::Number(x),
+            Factor::Tanh(p) => {
+                self.launch("tanh_factors", [1; 3], 0, &[p.into(), beta.into(), (&factors).into()]);
+                Alpha::OnGpu(&factors)
+            }
+        };
+        let target = Matrix::new(c.data.address(0), c.data.element, c.offset, c.cols);
+        let (a, b) = (matrix(&b), matrix(&a));
+        let product = Product { m: cols, n: rows, k: inner, count: 1, alpha, a, b, beta, c: target };
+        self.attempt(|gpu| self.0.blas.multiply(gpu, &product));
     }
 
     fn embedding_forward(&self, tokens: &CudaTokens, table: &CudaBuffer, y: &mut CudaBuffer) {
         let width = y.len / tokens.host.len();
         assert_eq!(y.len, tokens.host.len() * width, "embedding: rows");
+        only_f32("embedding", &[table]);
         let args = [(&tokens.memory).into(), table.into(), (&y).into(), y.len.into(), (width as u32).into()];
-        self.launch_each("embedding_forward", y.len, &args);
+        self.launch_each(typed!("embedding_forward", y.element), y.len, &args);
     }
 
     fn embedding_backward(&self, tokens: &CudaTokens, dy: &CudaBuffer, dtable: &mut CudaBuffer) {
         let width = dy.len / tokens.host.len();
         assert_eq!(dy.len, tokens.host.len() * width, "embedding: rows");
+        only_f32("embedding", &[dtable]);
         let mut by_token: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for (row, token) in tokens.host.iter().enumerate() {
             by_token.entry(*token).or_default().push(row as u32);
@@ -247,7 +254,7 @@ impl Device for Cuda {
         let starts = self.upload_tokens(&starts);
         let args = [&tokens.memory, &rows.memory, &starts.memory, &dy.memory, &dtable.memory].map(Arg::from);
         let args: Vec<Arg> = args.into_iter().chain([(width as u32).into()]).collect();
-        self.launch("embedding_backward", [by_token.len() as u32, 1, 1], 0, &args);
+        self.launch(typed!("embedding_backward", dy.element), [by_token.len() as u32, 1, 1], 0, &args);
     }
 
     fn rms_norm_forward(
@@ -258,10 +265,29 @@ impl Device for Cuda {
         y: &mut CudaBuffer,
         rstd: &mut CudaBuffer,
     ) {
-        assert_eq!((x.len, y.len), (rstd.len * weight.len, rstd.len * weight.len), "rms_norm: rows");
+        check_norm([x, y], weight, rstd);
         let (rows, width) = (rstd.len as u32, weight.len as u32);
         let args = [x.into(), weight.into(), eps.into(), (&y).into(), (&rstd).into(), rows.into(), width.into()];
-        self.launch("rms_norm_forward", [rows.div_ceil(WARPS), 1, 1], 0, &args);
+        self.launch(typed!("rms_norm_forward", x.element), [rows.div_ceil(WARPS), 1, 1], 0, &args);
+    }
+
+    fn add_rms_norm_forward(
+        &self,
+        x: &CudaBuffer,
+        branch: &CudaBuffer,
+        sum: &mut CudaBuffer,
+        weight: &CudaBuffer,
+        eps: f32,
+        y: &mut CudaBuffer,
+        rstd: &mut CudaBuffer,
+    ) {
+        check_norm([x, branch], weight, rstd);
+        check_norm([sum, y], weight, rstd);
+        let (rows, width) = (rstd.len as u32, weight.len as u32);
+        let inputs = [x.into(), branch.into(), (&sum).into(), weight.into(), eps.into()];
+        let args = [(&y).into(), (&rstd).into(), rows.into(), width.into()];
+        let args: Vec<Arg> = inputs.into_iter().chain(args).collect();
+        self.launch(typed!("add_rms_norm_forward", x.element), [rows.div_ceil(WARPS), 1, 1], 0, &args);
     }
 
     fn rms_norm_backward(
@@ -274,16 +300,17 @@ impl Device for Cuda {
         dweight: Option<&mut CudaBuffer>,
     ) {
         let (rows, width) = (rstd.len, weight.len as u32);
-        assert_eq!((x.len, dy.len, dx.len), (rows * weight.len, x.len, x.len), "rms_norm: rows");
+        check_norm([x, dy], weight, rstd);
+        check_norm([dx, dy], weight, rstd);
         let blocks = (rows as u32).div_ceil(WARPS);
         let args = [x.into(), weight.into(), rstd.into(), dy.into(), (&dx).into(), (rows as u32).into(), width.into()];
-        self.launch("rms_norm_backward", [blocks, 1, 1], 0, &args);
+        self.launch(typed!("rms_norm_backward", x.element), [blocks, 1, 1], 0, &args);
         let Some(dweight) = dweight else { return };
         assert_eq!(dweight.len, weight.len, "rms_norm: dweight");
         let (columns, count) = (width.div_ceil(THREADS), rows.div_ceil(NORM_ROWS));
         let parts = self.allocate(count * weight.len);
         let args = [x.into(), rstd.into(), dy.into(), (&parts).into(), (rows as u32).into(), width.into()];
-        self.launch("rms_norm_dweight_parts", [columns, count as u32, 1], 0, &args);
+        self.launch(typed!("rms_norm_dweight_parts", x.element), [columns, count as u32, 1], 0, &args);
         let args = [(&parts).into(), (&dweight).into(), (count as u32).into(), width.into()];
         self.launch("rms_norm_dweight", [columns, 1, 1], 0, &args);
     }
@@ -305,16 +332,8 @@ impl Device for Cuda {
         o: &mut CudaBuffer,
         lse: &mut CudaBuffer,
     ) {
-        let AttentionShape { batch, len, heads, head_dim, .. } = shape;
-        check_attention(&shape, [q, o], [k, v], lse);
-        let (kernel, tile) = match head_dim {
-            ..=128 => ("attention_forward_32", 32),
-            _ => ("attention_forward_16", 16),
-        };
-        let grid = [len.div_ceil(tile), heads, batch].map(|x| x as u32);
-        let args = [q.into(), k.into(), v.into(), (&o).into(), (&lse).into()];
-        let args: Vec<Arg> = [Arg::Extents(Self::extents(&shape))].into_iter().chain(args).collect();
-        self.launch(kernel, grid, shared_bytes(tile, head_dim, 2, 1), &args);
+        attention::check(&shape, [q, o], [k, v], lse);
+        self.attend(shape, [q, k, v], o, lse);
     }
 
     fn attention_backward(
@@ -325,42 +344,29 @@ impl Device for Cuda {
         lse: &CudaBuffer,
         d_o: &CudaBuffer,
     ) {
-        let AttentionShape { batch, len, heads, kv_heads, head_dim } = shape;
-        check_attention(&shape, [q, o], [k, v], lse);
-        check_attention(&shape, [d_o, q], [k, v], lse);
-        let (kernel_q, kernel_kv, tile) = match head_dim {
-            ..=64 => ("attention_backward_q_32", "attention_backward_kv_32", 32),
-            65..=128 => ("attention_backward_q_16", "attention_backward_kv_16", 16),
-            _ => ("attention_backward_q_8", "attention_backward_kv_8", 8),
-        };
-        let with_extents =
-            |args: Vec<Arg>| -> Vec<Arg> { [Arg::Extents(Self::extents(&shape))].into_iter().chain(args).collect() };
-        let rows = batch * len * heads;
-        let delta = self.allocate(rows);
-        let args = with_extents(vec![o.into(), d_o.into(), (&delta).into(), rows.into()]);
-        self.launch("attention_delta", [(rows as u64).div_ceil(u64::from(WARPS)) as u32, 1, 1], 0, &args);
-        let inputs = [&q.memory, &k.memory, &v.memory, &lse.memory, &delta, &d_o.memory];
-        let inputs = || inputs.map(Arg::from).into_iter();
-        let grid = |heads: usize| [len.div_ceil(tile), heads, batch].map(|x| x as u32);
-        // All blocks of both kernels read keys and values, so their gradients lie elsewhere first. A block of queries is
-        // read by the one that replaces it, once the kernel for keys and values is done with it.
-        let [mut dk, mut dv] = [&k.memory, &v.memory].map(|memory| self.allocate(memory.bytes() / 4));
-        let args = with_extents(inputs().chain([(&dk).into(), (&dv).into()]).collect());
-        self.launch(kernel_kv, grid(kv_heads), shared_bytes(tile, head_dim, 4, 2), &args);
-        let args = with_extents(inputs().chain([(&q.memory).into()]).collect());
-        self.launch(kernel_q, grid(heads), shared_bytes(tile, head_dim, 4, 1), &args);
-        std::mem::swap(&mut k.memory, &mut dk);
-        std::mem::swap(&mut v.memory, &mut dv);
+        attention::check(&shape, [q, o], [k, v], lse);
+        attention::check(&shape, [d_o, q], [k, v], lse);
+        self.attend_backward(shape, [q, k, v], o, lse, d_o);
     }
 
     fn swiglu_forward(&self, gate: &CudaBuffer, up: &CudaBuffer, y: &mut CudaBuffer) {
         assert!(gate.len == up.len && y.len >= gate.len, "swiglu: lengths");
-        self.launch_each("swiglu_forward", gate.len, &[gate.into(), up.into(), (&y).into(), gate.len.into()]);
+        assert!(gate.element == up.element && y.element == up.element, "swiglu: elements");
+        self.launch_each(
+            typed!("swiglu_forward", up.element),
+            gate.len,
+            &[gate.into(), up.into(), (&y).into(), gate.len.into()],
+        );
     }
 
     fn swiglu_backward(&self, dy: &CudaBuffer, gate: &mut CudaBuffer, up: &mut CudaBuffer) {
         assert!(gate.len == up.len && dy.len >= gate.len, "swiglu: lengths");
-        self.launch_each("swiglu_backward", gate.len, &[dy.into(), (&gate).into(), (&up).into(), gate.len.into()]);
+        assert!(gate.element == up.element && dy.element == up.element, "swiglu: elements");
+        self.launch_each(
+            typed!("swiglu_backward", up.element),
+            gate.len,
+            &[dy.into(), (&gate).into(), (&up).into(), gate.len.into()],
+        );
     }
 
     fn cross_entropy(
@@ -385,7 +391,8 @@ impl Device for Cuda {
             u32::from(scale.is_some()).into(),
             scale.unwrap_or(0.0).into(),
         ];
-        self.launch("cross_entropy", [rows as u32, 1, 1], 0, &args);
+        only_f32("cross_entropy", &[losses]);
+        self.launch(typed!("cross_entropy", logits.element), [rows as u32, 1, 1], 0, &args);
     }
 
     fn tally(&self) -> CudaTally {
@@ -395,11 +402,14 @@ impl Device for Cuda {
     }
 
     fn tally_losses(&self, scale: f64, losses: &CudaBuffer, tally: &mut CudaTally) {
+        only_f32("losses", &[losses]);
         self.add_up("sum_parts", &[losses], scale, tally.at(0));
     }
 
     fn tally_gradients(&self, gradients: &[&CudaBuffer], max_norm: f64, tally: &mut CudaTally) {
-        gradients.iter().for_each(|gradient| self.add_up("dot_parts", &[gradient, gradient], 1.0, tally.at(1)));
+        for gradient in gradients {
+            self.add_up(typed!("dot_parts", gradient.element), &[gradient, gradient], 1.0, tally.at(1));
+        }
         self.launch("clip", [1; 3], 0, &[tally.at(0), max_norm.into()]);
     }
 
@@ -420,6 +430,7 @@ impl Device for Cuda {
         v: &mut CudaBuffer,
     ) {
         assert_eq!((g.len, m.len, v.len), (p.len, p.len, p.len), "adamw: lengths");
+        only_f32("adamw", &[p, g, m, v]);
         let f = step.factors();
         let args = [(&p).into(), g.into(), (&m).into(), (&v).into(), p.len.into(), tally.at(0)];
         let factors = [f.keep, f.b1, f.c1, f.b2, f.c2, f.size, f.root, f.eps].map(Arg::from);
@@ -436,14 +447,23 @@ impl Cuda {
         let pairs = x.len / 2;
         let [len, heads, half] = [len, heads, half].map(|x| x as u32);
         let args = [cos.into(), sin.into(), (&x).into(), pairs.into(), len.into(), heads.into(), half.into()];
-        self.launch_each("rope", pairs, &args.into_iter().chain([direction.into()]).collect::<Vec<_>>());
+        only_f32("rope", &[cos, sin]);
+        self.launch_each(
+            typed!("rope", x.element),
+            pairs,
+            &args.into_iter().chain([direction.into()]).collect::<Vec<_>>(),
+        );
     }
 }
 
-fn check_attention(shape: &AttentionShape, q: [&CudaBuffer; 2], kv: [&CudaBuffer; 2], lse: &CudaBuffer) {
-    let &AttentionShape { batch, len, heads, kv_heads, head_dim } = shape;
-    assert!(head_dim <= 256, "attention: the CUDA kernels take heads of up to 256 elements");
-    assert!(q.iter().all(|x| x.len == batch * len * heads * head_dim), "attention: q, o");
-    assert!(kv.iter().all(|x| x.len == batch * len * kv_heads * head_dim), "attention: k, v");
-    assert_eq!(lse.len, batch * heads * len, "attention: lse");
+fn check_norm(x: [&CudaBuffer; 2], weight: &CudaBuffer, rstd: &CudaBuffer) {
+    let len = rstd.len * weight.len;
+    assert!(x.iter().all(|x| x.len == len), "rms_norm: rows");
+    assert_eq!(x[0].element, x[1].element, "rms_norm: elements");
+    only_f32("rms_norm", &[weight, rstd]);
+}
+
+/// What has no kernel for bf16.
+fn only_f32(what: &str, buffers: &[&CudaBuffer]) {
+    assert!(buffers.iter().all(|b| b.element == Element::F32), "{what}: elements");
 }

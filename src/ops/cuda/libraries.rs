@@ -96,7 +96,16 @@ const NEEDED: [Needed; 3] = [
         install: "install it (pip install nvidia-cublas-cu12, or the CUDA toolkit), name its folder in RELORA_KIT_CUDA_LIBRARIES, or pass --device cpu",
         is_present: cublas::sys::is_culib_present,
         loaded: cublas::sys::culib,
-        symbols: &["cublasCreate_v2", "cublasDestroy_v2", "cublasSetMathMode", "cublasSetStream_v2", "cublasSgemm_v2"],
+        symbols: &[
+            "cublasCreate_v2",
+            "cublasDestroy_v2",
+            "cublasGemmEx",
+            "cublasGemmStridedBatchedEx",
+            "cublasSetMathMode",
+            "cublasSetPointerMode_v2",
+            "cublasSetStream_v2",
+            "cublasSgemm_v2",
+        ],
         needs: &["cublasLt"],
     },
 ];

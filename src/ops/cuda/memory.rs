@@ -91,6 +91,17 @@ impl Gpu {
         Ok(Some(address))
     }
 
+    /// Copies bytes from one place on the GPU to another; both have room for them.
+    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream()) };
+        self.check("copying on the GPU", result)
+    }
+
     fn free(&self, address: u64) -> Result<()> {
         self.enter()?;
         // SAFETY: whoever held it is gone, and all that uses it was asked of the same stream before.
@@ -170,18 +181,6 @@ impl Memory {
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(target, self.address, bytes, self.gpu.stream()) };
         self.gpu.check("copying from the GPU", result)?;
         self.gpu.synchronize()
-    }
-
-    /// Replaces its first `bytes` by those of `source`.
-    pub fn copy_from(&mut self, source: &Memory, bytes: usize) -> Result<()> {
-        assert!(bytes <= self.bytes.min(source.bytes), "cuda: {bytes} bytes of {} to {}", source.bytes, self.bytes);
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.enter()?;
-        // SAFETY: both sides have this size.
-        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, source.address, bytes, self.gpu.stream()) };
-        self.gpu.check("copying on the GPU", result)
     }
 }
 

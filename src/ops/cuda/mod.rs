@@ -5,7 +5,9 @@
 //! All work is on one stream and in order; the host waits only where a number or a buffer is read. After the first failure
 //! nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
 
+mod attention;
 mod blas;
+mod buffer;
 mod compile;
 mod device;
 mod driver;
@@ -15,7 +17,10 @@ mod nccl;
 mod products;
 mod solver;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    ops::Element,
+};
 use blas::Blas;
 use compile::Kernels;
 use cudarc::driver::sys;
@@ -34,6 +39,20 @@ pub use solver::{GpuGram, Solver};
 
 /// Threads of a block, for every kernel: `THREADS` of common.cu.
 const THREADS: u32 = 256;
+
+/// Warps of a block: `WARPS` of common.cu.
+const WARPS: u32 = THREADS / 32;
+
+/// The name of a kernel that exists for every kind of elements.
+macro_rules! typed {
+    ($name:literal, $element:expr) => {
+        match $element {
+            crate::ops::Element::F32 => concat!($name, "_f32"),
+            crate::ops::Element::Bf16 => concat!($name, "_bf16"),
+        }
+    };
+}
+use typed;
 
 /// A GPU. Clones are the same one.
 #[derive(Clone)]
@@ -92,7 +111,22 @@ impl Cuda {
 
     /// f32 or u32 elements with anything in them; none, if there is no memory for them.
     fn allocate(&self, len: usize) -> Memory {
-        self.attempt(|gpu| Memory::new(gpu, 4 * len)).unwrap_or_else(|| Memory::none(&self.0.gpu))
+        self.allocate_bytes(4 * len)
+    }
+
+    /// Whole words of memory for so many bytes, as [`Cuda::allocate`].
+    fn allocate_bytes(&self, bytes: usize) -> Memory {
+        self.attempt(|gpu| Memory::new(gpu, bytes.next_multiple_of(4))).unwrap_or_else(|| Memory::none(&self.0.gpu))
+    }
+
+    /// Copies `n` elements from one address to another, rounding to the nearest where they become bf16.
+    fn convert(&self, (from, source): (u64, Element), (to, target): (u64, Element), n: usize) {
+        if source == target {
+            self.attempt(|gpu| gpu.copy(from, to, buffer::width(source) * n));
+            return;
+        }
+        let kernel = if target == Element::Bf16 { "to_bf16" } else { "to_f32" };
+        self.launch_each(kernel, n, &[from.into(), to.into(), n.into()]);
     }
 
     /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.

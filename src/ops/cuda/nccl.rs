@@ -3,7 +3,7 @@
 //!
 //! Its functions are looked up here: the library is called `libnccl.so.2` everywhere, a name that cudarc does not try.
 
-use super::{Arg, Cuda, device::CudaBuffer, driver::Gpu, libraries};
+use super::{Cuda, buffer::CudaBuffer, driver::Gpu, libraries};
 use crate::{
     error::{Error, Result},
     ops::Device,
@@ -144,7 +144,7 @@ impl Nccl {
 impl Communicator {
     /// Begins to sum each of these f32 buffers over all processes, in place. Until [`Sum::wait`] nothing may use them.
     pub fn begin_sum(&self, cuda: &Cuda, buffers: &mut [CudaBuffer]) -> Sum {
-        let places: Vec<(u64, usize)> = buffers.iter().map(|b| (address(b), cuda.len(b))).collect();
+        let places: Vec<(u64, usize)> = buffers.iter().map(|b| (b.address(0), cuda.len(b))).collect();
         let done = cuda.attempt(|_| {
             self.on_own_stream(|comm| {
                 let f = &self.functions;
@@ -165,7 +165,7 @@ impl Communicator {
 
     /// Gives every process what `root` holds in this f32 buffer.
     pub fn broadcast(&self, cuda: &Cuda, root: usize, buffer: &mut CudaBuffer) {
-        let (place, len) = (address(buffer) as *mut c_void, cuda.len(buffer));
+        let (place, len) = (buffer.address(0) as *mut c_void, cuda.len(buffer));
         let done = cuda.attempt(|_| {
             self.on_own_stream(|comm| {
                 let f = &self.functions;
@@ -239,12 +239,5 @@ impl Drop for Event {
             // SAFETY: nobody else has it; streams that wait for it go on waiting.
             unsafe { driver::cuEventDestroy_v2(self.handle) };
         }
-    }
-}
-
-fn address(buffer: &CudaBuffer) -> u64 {
-    match Arg::from(buffer) {
-        Arg::U64(address) => address,
-        _ => unreachable!("a buffer is passed by its address"),
     }
 }

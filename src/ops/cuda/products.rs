@@ -2,7 +2,7 @@
 
 use super::{
     CudaOptions,
-    blas::{self, Blas},
+    blas::{self, Blas, int},
     driver::Gpu,
     libraries,
     memory::Memory,
@@ -10,7 +10,6 @@ use super::{
 use crate::error::{Error, Result};
 use cudarc::cublas::sys::{self, cublasOperation_t as Operation};
 use std::{
-    ffi::c_int,
     ops::Range,
     sync::{Arc, PoisonError},
 };
@@ -81,7 +80,7 @@ impl Products {
         let (left, right, sum) = (at(left, rows.start), at(right, 0), at(sum, to));
         let (m, n, k) = (int(m)?, int(n)?, int(k)?);
         self.gpu.enter().map_err(advise)?;
-        let handle = self.blas.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = self.blas.handle.lock().unwrap_or_else(PoisonError::into_inner);
         // By columns, as cuBLAS has it, every matrix is its own transpose: sumᵀ += rightᵀ leftᵀ.
         // SAFETY: the assertion above makes all three as large as the arguments say.
         let status = unsafe {
@@ -102,8 +101,4 @@ impl Products {
 /// What to do is not what a training run is told.
 fn advise(error: Error) -> Error {
     error.help("end other programs on the GPU and check it with nvidia-smi, or pass --device cpu")
-}
-
-fn int(extent: usize) -> Result<c_int> {
-    c_int::try_from(extent).map_err(|_| Error::world(format!("cuBLAS cannot take a matrix of extent {extent}")))
 }

@@ -3,7 +3,7 @@
 
 use super::{
     CudaOptions,
-    blas::{self, Blas},
+    blas::{self, Blas, int},
     driver::Gpu,
     libraries,
     memory::Memory,
@@ -113,7 +113,7 @@ impl GpuGram<'_> {
         let (n, k, lda) = (int(self.n)?, int(length)?, int(columns)?);
         let beta = if self.empty { 0.0 } else { 1.0 };
         gpu.enter()?;
-        let handle = self.solver.blas.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = self.solver.blas.handle.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the panel is rows x columns, as asserted and written above, the matrix n x n; with beta 0 it is not read.
         let status = unsafe {
             cublas::cublasDsyrk_v2(
@@ -142,7 +142,7 @@ impl GpuGram<'_> {
         let gpu = &self.solver.gpu;
         let mut sum = 0.0;
         gpu.enter()?;
-        let handle = self.solver.blas.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = self.solver.blas.handle.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: n steps of n + 1 stay within n x n; the host waits for the sum.
         let status = unsafe {
             let diagonal = self.entries.address() as *const f64;
@@ -200,8 +200,4 @@ fn check(gpu: &Gpu, what: &str, status: Status) -> Result<()> {
 /// What to do is not what a training run is told.
 fn advise(error: Error) -> Error {
     error.help("end other programs on the GPU and check it with nvidia-smi, or pass --device cpu")
-}
-
-fn int(extent: usize) -> Result<c_int> {
-    c_int::try_from(extent).map_err(|_| Error::world(format!("cuBLAS cannot take a matrix of extent {extent}")))
 }
