@@ -290,6 +290,21 @@ fn bf16_weights_and_activation_checkpointing_work_on_the_gpu() {
 }
 
 #[test]
+fn a_gpu_without_bf16_computes_in_f32_and_says_so() {
+    let workshop = Workshop::new();
+    let more = ["--set", "train.mixed_precision=bf16"];
+    let warning = "the device has no bf16: frozen weights are rounded to it, everything is computed in f32";
+    let old = [("CUDA_DOUBLE_CAPABILITY", "75")];
+    let (code, _, stderr) = workshop.train("old", &[&["--device", "cuda"], &more[..]].concat(), &old);
+    assert!(code == 0 && stderr.contains(warning), "{stderr}");
+    let (code, _, stderr) = workshop.train("cpu", &more, &[]);
+    assert!(code == 0 && stderr.contains(warning), "{stderr}");
+    assert_close("old", &updates(&workshop.path("old")), &updates(&workshop.path("cpu")));
+    let (code, _, stderr) = workshop.train("new", &[&["--device", "cuda"], &more[..]].concat(), &[]);
+    assert!(code == 0 && !stderr.contains(warning), "{stderr}");
+}
+
+#[test]
 fn eval_and_generate_agree_with_the_cpu() {
     let workshop = Workshop::new();
     workshop.trains("run", &[], &[]);

@@ -105,7 +105,7 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
         }
         model.zero_grad();
         model.device().status().unwrap();
-        let all = collective.gather(&model.device().read_tally(&tally).loss.to_le_bytes()).unwrap();
+        let all = collective.gather(&model.device().read_tally(&tally).unwrap().loss.to_le_bytes()).unwrap();
         losses.push(all.iter().map(|bytes| f64::from_le_bytes(bytes[..].try_into().unwrap())).sum());
     }
     losses

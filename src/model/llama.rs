@@ -168,6 +168,7 @@ impl<D: Device> Model<D> {
             self.drop_workspace();
             self.workspace = Some(Workspace::new(self, batch, len));
         }
+        self.refresh();
         let Model { device, config, params, layout, workspace, pool, element, .. } = self;
         let Some(Workspace { shape, residual, rstd, blocks, saved, scratch, .. }) = workspace else { return };
         shape.dropout = dropout;

@@ -3,7 +3,7 @@
 use super::{
     Model, init,
     linear::Linear,
-    params::{Param, ParamKind, TARGETS},
+    params::{Param, ParamKind, Store, TARGETS},
     product::ProductChoice,
 };
 use crate::{
@@ -84,6 +84,7 @@ impl<D: Device> Model<D> {
 
     /// Draws A anew, each from `seed` and its name, sets B to zero and trained scalings to 1. Gradients stay.
     pub fn reset_lora(&mut self, seed: u64) {
+        self.changed = true;
         for param in &mut self.params[self.layout.len()..] {
             match param.kind {
                 ParamKind::LoraA => {
@@ -118,64 +119,83 @@ impl<D: Device> Model<D> {
 
     /// Draws B as the official code does where B A stands alone: uniform in ±1/√r.
     pub fn draw_b(&mut self, seed: u64) {
+        self.changed = true;
         for param in self.params.iter_mut().filter(|p| p.kind == ParamKind::LoraB) {
             let bound = 1.0 / (param.shape[1] as f64).sqrt();
             self.device.write(&mut param.value, &init::uniform(seed, &param.name, bound, param.shape.iter().product()));
         }
     }
 
+    /// Rounds the projections, to be frozen, to what `store` can be, to the nearest.
+    pub fn store_projections(&mut self, store: Store) {
+        let device = &self.device;
+        for param in self.params.iter_mut().filter(|p| p.kind == ParamKind::Linear && p.store != store) {
+            device.round_to_bf16(Rounding::Nearest, &mut param.value);
+            let mut value = device.zeros_of(self.element, param.elements());
+            device.copy(&param.value, &mut value);
+            (param.value, param.store) = (value, store);
+        }
+        self.changed = true;
+    }
+
     /// `W += s B A` for every target, in f32. The factors stay as they are.
     pub fn merge_lora(&mut self) {
-        let Some(spec) = self.lora.clone() else { return };
-        for layer in 0..self.config.num_hidden_layers {
-            for which in 0..TARGETS.len() {
-                let Linear { weight, lora: Some(factors) } = self.linear(layer, which, 0) else { return };
-                let module = self.params[weight].name.trim_end_matches(".weight");
-                let scaled = self.scaled_b(module).map(|b| self.device.upload(&b));
-                let (weights, rest) = self.params.split_at_mut(self.layout.len());
-                let (a, b) = (&rest[factors.a - weights.len()], &rest[factors.b - weights.len()]);
-                let w = &mut weights[weight];
-                let a = Mat::new(&a.value, a.shape[0], a.shape[1]);
-                let b = Mat::new(scaled.as_ref().unwrap_or(&b.value), b.shape[0], b.shape[1]);
-                let target = MatMut::new(&mut w.value, w.shape[0], w.shape[1]);
-                self.device.matmul(spec.scaling as f32, b, a, 1.0, target);
-            }
+        for at in self.targets() {
+            let placeholder = self.device.zeros(0);
+            let mut value = std::mem::replace(&mut self.params[at].value, placeholder);
+            self.add_delta(at, &mut value);
+            self.params[at].value = value;
         }
+        self.changed = true;
     }
 
     /// As [`Model::merge_lora`] into weights that bf16 holds, `rounding(i)` for the i-th parameter. Returns the retention:
     /// the share of the delta that survived, `<dW, round(W + dW) - W> / |dW|²` over all targets; 1 if there is no delta.
-    pub fn merge_lora_into_bf16(&mut self, rounding: impl Fn(usize) -> Rounding) -> f64 {
-        let targets = 0..self.config.num_hidden_layers * TARGETS.len();
-        let weights: Vec<usize> = targets.map(|i| self.layout.weight(i / TARGETS.len(), i % TARGETS.len())).collect();
-        let before: Vec<D::Buffer> = weights
-            .iter()
-            .map(|&at| {
-                let mut copy = self.device.zeros(self.params[at].elements());
-                self.device.copy(&self.params[at].value, &mut copy);
-                copy
-            })
-            .collect();
-        self.merge_lora();
+    pub fn merge_lora_rounded(&mut self, rounding: impl Fn(usize) -> Rounding) -> f64 {
         let (mut kept, mut whole) = (0.0, 0.0);
-        for (at, mut before) in weights.into_iter().zip(before) {
-            let value = &mut self.params[at].value;
-            let mut delta = self.device.zeros(self.device.len(value));
-            self.device.copy(value, &mut delta);
-            self.device.axpy(-1.0, &before, &mut delta);
-            self.device.round_to_bf16(rounding(at), value);
-            self.device.scale(&mut before, -1.0);
-            self.device.axpy(1.0, value, &mut before);
-            kept += self.device.dot(&delta, &before);
-            whole += self.device.sum_of_squares(&delta);
+        for at in self.targets() {
+            let new = || self.device.zeros(self.params[at].elements());
+            let (mut before, mut merged, mut delta) = (new(), new(), new());
+            self.device.copy(&self.params[at].value, &mut before);
+            self.device.copy(&before, &mut merged);
+            self.add_delta(at, &mut merged);
+            let device = &self.device;
+            device.copy(&merged, &mut delta);
+            device.axpy(-1.0, &before, &mut delta);
+            device.round_to_bf16(rounding(at), &mut merged);
+            device.copy(&merged, &mut self.params[at].value);
+            device.axpy(-1.0, &before, &mut merged);
+            kept += device.dot(&delta, &merged);
+            whole += device.sum_of_squares(&delta);
         }
+        self.changed = true;
         if whole > 0.0 { kept / whole } else { 1.0 }
+    }
+
+    /// Places of the weights that have factors.
+    fn targets(&self) -> Vec<usize> {
+        let all = if self.lora.is_some() { self.config.num_hidden_layers * TARGETS.len() } else { 0 };
+        (0..all).map(|i| self.layout.weight(i / TARGETS.len(), i % TARGETS.len())).collect()
+    }
+
+    /// `target += s B A` of the weight at this place, in f32.
+    fn add_delta(&self, at: usize, target: &mut D::Buffer) {
+        let Some(spec) = &self.lora else { return };
+        let module = self.params[at].name.trim_end_matches(".weight");
+        let factor = |which: &str| self.param(&format!("{module}.{which}.weight"));
+        let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else { return };
+        let scaled = self.scaled_b(module).map(|b| self.device.upload(&b));
+        let (out, inner) = (b.shape[0], a.shape[1]);
+        let a = Mat::new(&a.value, spec.r, inner);
+        let b = Mat::new(scaled.as_ref().unwrap_or(&b.value), out, spec.r);
+        self.device.matmul(spec.scaling as f32, b, a, 1.0, MatMut::new(target, out, inner));
     }
 
     /// The `which`-th projection of block `layer`, for batches of `rows` rows.
     pub(super) fn linear(&self, layer: usize, which: usize, rows: usize) -> Linear {
         let shape = &self.params[self.layout.weight(layer, which)].shape;
-        self.layout.linear(layer, which, self.lora.as_ref(), (shape[0], shape[1]), rows)
+        let exact = self.params[self.layout.weight(layer, which)].store == Store::F32;
+        self.layout.linear(layer, which, self.lora.as_ref(), (shape[0], shape[1]), rows, exact)
     }
 
     /// Drops the factors without merging them. The targets stay frozen; see [`Model::set_trainable`].

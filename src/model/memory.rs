@@ -18,12 +18,43 @@ pub struct Elements {
     pub weights: u64,
     /// Of these, what trains.
     pub trained: u64,
+    /// Copies of what trains that products read.
+    pub copies: u64,
     /// Gradients of what trains, but those that lie where activations were.
     pub gradients: u64,
     /// Both moments of what trains.
     pub moments: u64,
     /// What forward keeps for backward, and scratch.
     pub activations: u64,
+    /// Of the same, what is always f32: a few numbers per row.
+    pub statistics: u64,
+}
+
+/// Bytes of the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Bytes {
+    /// Parameters, and copies of them.
+    pub weights: u64,
+    /// Gradients that have memory of their own.
+    pub gradients: u64,
+    /// Moments.
+    pub optimiser: u64,
+    /// Kept from forward to backward, and scratch.
+    pub activations: u64,
+}
+
+impl Elements {
+    /// Everything in f32; with mixed precision, frozen weights, copies and activations in bf16.
+    pub fn bytes(&self, mixed: bool) -> Bytes {
+        let narrow = if mixed { 2 } else { 4 };
+        let frozen = self.weights - self.trained;
+        Bytes {
+            weights: 4 * self.trained + narrow * (frozen + self.copies),
+            gradients: 4 * self.gradients,
+            optimiser: 4 * self.moments,
+            activations: narrow * self.activations + 4 * self.statistics,
+        }
+    }
 }
 
 /// What an update goes through.
@@ -37,38 +68,47 @@ pub struct Passes {
     pub accumulation: usize,
     /// See [`super::Model::set_activation_checkpointing`].
     pub activation_checkpointing: bool,
+    /// See [`super::Model::set_mixed_precision`].
+    pub mixed_precision: bool,
 }
 
 /// Elements of a training. With `lora`, the projections are frozen.
 pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> Elements {
-    let sizes = table(config).into_iter().map(|(_, kind, shape)| (kind, shape.iter().product::<usize>()));
-    let (mut weights, mut trained) = (0, 0);
-    for (kind, size) in sizes {
+    let (mut weights, mut trained, mut copies) = (0, 0, 0);
+    let tied = config.tie_word_embeddings;
+    for (_, kind, shape) in table(config) {
+        let size = shape.iter().product::<usize>();
         weights += size;
         if lora.is_none() || kind != ParamKind::Linear {
             trained += size;
+            let multiplied =
+                matches!(kind, ParamKind::Linear | ParamKind::Head) || (kind == ParamKind::Embedding && tied);
+            copies += if multiplied { size } else { 0 };
         }
     }
     if let Some(spec) = lora {
         let thin: usize = linears(config).iter().map(|(out, inner)| spec.r * (out + inner)).sum();
-        let factors = config.num_hidden_layers * (thin + if spec.train_scaling { TARGETS.len() } else { 0 });
-        weights += factors;
-        trained += factors;
+        let scalings = if spec.train_scaling { TARGETS.len() } else { 0 };
+        weights += config.num_hidden_layers * (thin + scalings);
+        trained += config.num_hidden_layers * (thin + scalings);
+        copies += config.num_hidden_layers * thin;
     }
+    let copies = if passes.mixed_precision { copies } else { 0 };
     let lent = if lora.is_none() { lent(config, passes) } else { 0 };
-    let activations = activations(config, lora, passes);
-    let [weights, trained, lent, activations] = [weights, trained, lent, activations].map(|n| n as u64);
-    Elements { weights, trained, gradients: trained - lent, moments: 2 * trained, activations }
+    let (activations, statistics) = activations(config, lora, passes);
+    let [weights, trained, copies, lent] = [weights, trained, copies, lent].map(|n| n as u64);
+    let gradients = trained - lent;
+    Elements { weights, trained, copies, gradients, moments: 2 * trained, activations, statistics }
 }
 
 /// Floating-point operations of one forward and backward, per token: products only, attention counted causally.
-pub fn flops_per_token(config: &LlamaConfig, lora: Option<&LoraSpec>, [batch, len]: [usize; 2]) -> f64 {
-    let rows = batch * len;
+pub fn flops_per_token(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> f64 {
+    let (rows, len, exact) = (passes.batch * passes.len, passes.len, !passes.mixed_precision);
     let block: u64 = linears(config)
         .into_iter()
         .map(|dims| match lora {
             None => 3 * 2 * (rows * dims.0 * dims.1) as u64,
-            Some(spec) => product(dims, rows, spec).flops(extents(dims, rows, spec.r)),
+            Some(spec) => product(dims, rows, spec, exact).flops(extents(dims, rows, spec.r)),
         })
         .sum();
     let width = config.num_attention_heads * config.head_dim;
@@ -85,15 +125,15 @@ fn linears(config: &LlamaConfig) -> [(usize, usize); TARGETS.len()] {
     [(q, c), (kv, c), (kv, c), (c, q), (f, c), (f, c), (c, f)]
 }
 
-fn product(dims: (usize, usize), rows: usize, spec: &LoraSpec) -> Product {
-    Product::choose(spec.product, extents(dims, rows, spec.r), spec.dropout > 0.0, spec.train_scaling)
+fn product(dims: (usize, usize), rows: usize, spec: &LoraSpec, exact: bool) -> Product {
+    Product::choose(spec, extents(dims, rows, spec.r), exact)
 }
 
-/// Widths of what a block of a model without factors keeps for backward, per row.
-fn kept_widths(config: &LlamaConfig) -> [usize; 9] {
+/// Widths of what a block of a model without factors keeps for backward, per row: activations, and statistics.
+fn kept_widths(config: &LlamaConfig) -> ([usize; 7], [usize; 2]) {
     let (c, f, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
     let (q, kv) = (heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    [1, q, kv, kv, q, heads, c, f, f]
+    ([q, kv, kv, q, c, f, f], [1, heads])
 }
 
 /// Elements of the gradients of projections that lie where the block above kept its activations: with one pass per update,
@@ -103,12 +143,14 @@ fn lent(config: &LlamaConfig, passes: Passes) -> usize {
         return 0;
     }
     let rows = passes.batch * passes.len;
+    let (narrow, (activations, statistics)) = (if passes.mixed_precision { 2 } else { 4 }, kept_widths(config));
     let (mut free, mut lent) = (Vec::new(), 0);
     for _ in 1..config.num_hidden_layers {
-        free.extend(kept_widths(config).map(|width| rows * width));
+        free.extend(activations.map(|width| narrow * rows * width));
+        free.extend(statistics.map(|width| 4 * rows * width));
         // In the order of backward.
         for (out, inner) in linears(config).into_iter().rev() {
-            if let Some(at) = best_fit(&free, out * inner) {
+            if let Some(at) = best_fit(&free, 4 * out * inner) {
                 free.swap_remove(at);
                 lent += out * inner;
             }
@@ -117,20 +159,22 @@ fn lent(config: &LlamaConfig, passes: Passes) -> usize {
     lent
 }
 
-/// The buffers of the workspace; `llama.rs`, `block.rs` and `linear.rs` make them.
-fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> usize {
+/// The buffers of the workspace, activations and statistics; `llama.rs`, `block.rs` and `linear.rs` make them.
+fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> (u64, u64) {
     let (c, f, n) = (config.hidden_size, config.intermediate_size, passes.batch * passes.len);
     let q = config.num_attention_heads * config.head_dim;
     let layers = config.num_hidden_layers;
     let residual = (layers + 1) * n * c;
-    let mut kept = n * kept_widths(config).iter().sum::<usize>();
+    let (kept, kept_statistics) = kept_widths(config);
+    let mut kept = n * kept.iter().sum::<usize>();
+    let kept_statistics = n * kept_statistics.iter().sum::<usize>();
     let mut scratch = 3 * n * c + (n * f).max(logits_chunk(config.vocab_size, n) * config.vocab_size);
     if q != c {
         scratch += n * q;
     }
     if let Some(spec) = lora {
         let dims = linears(config);
-        let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec)));
+        let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec, !passes.mixed_precision)));
         let distinct = |needed: &dyn Fn(Product) -> bool| {
             let mut lengths: Vec<usize> = ways.iter().filter(|w| needed(w.1)).map(|w| w.0).collect();
             lengths.sort_unstable();
@@ -146,9 +190,10 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) ->
             scratch += n * dims.iter().map(|d| d.1).max().unwrap_or(0);
         }
     }
-    let head = n + (layers + 1) * n;
-    let rope = 2 * passes.len * (config.head_dim / 2);
-    residual + kept * if passes.activation_checkpointing { layers.min(1) } else { layers } + scratch + head + rope
+    // Losses, rstd of the norms before blocks and head, rotary angles.
+    let statistics = n + (layers + 1) * n + 2 * passes.len * (config.head_dim / 2);
+    let blocks = if passes.activation_checkpointing { layers.min(1) } else { layers };
+    ((residual + kept * blocks + scratch) as u64, (kept_statistics * blocks + statistics) as u64)
 }
 
 #[cfg(test)]
@@ -186,10 +231,11 @@ mod tests {
             (all + p.elements() as u64, trained + if p.trainable { p.elements() as u64 } else { 0 })
         });
         let what = format!("{lora:?} {accumulation} {activation_checkpointing}");
-        let passes = Passes { batch: 8, len: 9, accumulation, activation_checkpointing };
+        let passes = Passes { batch: 8, len: 9, accumulation, activation_checkpointing, mixed_precision: false };
         let found = elements(&config, lora.as_ref(), passes);
         assert_eq!((found.weights, found.trained), (weights, trained), "{what}");
-        assert_eq!(found.weights + found.gradients + found.activations, device.allocated(), "{what}");
+        let all = found.weights + found.gradients + found.activations + found.statistics;
+        assert_eq!(all, device.allocated(), "{what}");
         found
     }
 
@@ -218,17 +264,19 @@ mod tests {
 
     #[test]
     fn low_rank_training_saves_operations_where_matrices_are_wide() {
-        let ratio = |name: &str, rows| {
+        let passes =
+            Passes { batch: 8, len: 256, accumulation: 1, activation_checkpointing: false, mixed_precision: false };
+        let ratio = |name: &str| {
             let config = LlamaConfig::preset(name).unwrap();
             let spec = LoraSpec::new(128, 32.0);
-            flops_per_token(&config, None, rows) / flops_per_token(&config, Some(&spec), rows)
+            flops_per_token(&config, None, passes) / flops_per_token(&config, Some(&spec), passes)
         };
-        let (small, large) = (ratio("llama_130m", [8, 256]), ratio("llama_350m", [8, 256]));
+        let (small, large) = (ratio("llama_130m"), ratio("llama_350m"));
         assert!(small > 1.0 && large > small && large < 1.5, "{small} {large}");
         // Three products per weight, and 2 · 3 · 12 · (heads and scores): close to the usual 6 per parameter.
         let config = LlamaConfig::preset("llama_1b").unwrap();
         let linear: usize = linears(&config).iter().map(|d| d.0 * d.1).sum::<usize>() * config.num_hidden_layers;
         let usual = 6.0 * (linear + config.hidden_size * config.vocab_size) as f64;
-        assert!((flops_per_token(&config, None, [8, 256]) / usual - 1.0).abs() < 0.05);
+        assert!((flops_per_token(&config, None, passes) / usual - 1.0).abs() < 0.05);
     }
 }

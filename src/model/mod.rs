@@ -19,7 +19,7 @@ pub use config::{LlamaConfig, RopeScaling};
 pub use decode::Decoder;
 pub use llama::Ready;
 pub use lora::LoraSpec;
-pub use params::{Param, ParamKind};
+pub use params::{Param, ParamKind, Store};
 pub use product::{Extents, Product, ProductChoice};
 
 use crate::{
@@ -44,6 +44,8 @@ pub struct Model<D: Device> {
     gradient_accumulation: bool,
     /// Of activations.
     element: Element,
+    /// Whether values have changed since products have last read them.
+    changed: bool,
     workspace: Option<Workspace<D>>,
     pool: Pool<D>,
 }
@@ -78,6 +80,7 @@ impl<D: Device> Model<D> {
             activation_checkpointing: false,
             gradient_accumulation: false,
             element: Element::F32,
+            changed: true,
             workspace: None,
             pool: Pool::new(),
         };
@@ -109,6 +112,15 @@ impl<D: Device> Model<D> {
         self.drop_workspace();
     }
 
+    /// Whether activations are bf16 and products multiply bf16, with sums in f32. Values that train stay what they are, as
+    /// master copies, and so do gradients. On a device that has no bf16, nothing changes.
+    pub fn set_mixed_precision(&mut self, on: bool) {
+        let narrow = on && self.device.width(Element::Bf16) < self.device.width(Element::F32);
+        self.element = if narrow { Element::Bf16 } else { Element::F32 };
+        self.changed = true;
+        self.drop_workspace();
+    }
+
     /// Whether several passes come before each [`Model::zero_grad`]. Gradients of the projections then have memory of their
     /// own; otherwise most of them lie where the backward needs activations no more. Matters to memory alone.
     pub fn set_gradient_accumulation(&mut self, on: bool) {
@@ -124,11 +136,13 @@ impl<D: Device> Model<D> {
 
     /// The device and all parameters, to change values with operations of the device.
     pub fn device_and_params_mut(&mut self) -> (&D, &mut [Param<D>]) {
+        self.changed = true;
         (&self.device, &mut self.params)
     }
 
     /// As [`Model::params`], to change values and gradients in place.
     pub fn params_mut(&mut self) -> &mut [Param<D>] {
+        self.changed = true;
         &mut self.params
     }
 
@@ -145,6 +159,19 @@ impl<D: Device> Model<D> {
             } else if let Some(grad) = &mut param.grad {
                 self.device.fill(grad, 0.0);
             }
+        }
+    }
+
+    /// Copies for products what has changed.
+    fn refresh(&mut self) {
+        if !std::mem::take(&mut self.changed) {
+            return;
+        }
+        let (narrow, head) = (self.element == Element::Bf16, self.layout.head());
+        for (at, param) in self.params.iter_mut().enumerate() {
+            let multiplied = at == head
+                || matches!(param.kind, ParamKind::Head | ParamKind::Linear | ParamKind::LoraA | ParamKind::LoraB);
+            param.refresh(&self.device, narrow && multiplied);
         }
     }
 

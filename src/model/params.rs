@@ -11,7 +11,7 @@ use crate::{
     checkpoint::{Checkpoint, EMBEDDING_NAME, HEAD_NAME, Tensor},
     error::{Error, Result},
     interrupt,
-    ops::Device,
+    ops::{Device, Element},
 };
 use std::{collections::HashSet, path::PathBuf};
 
@@ -41,6 +41,15 @@ impl ParamKind {
     }
 }
 
+/// The numbers that the values of a parameter may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// Single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
 /// One named tensor, and its gradient while it trains.
 pub struct Param<D: Device> {
     /// Hugging Face's name; for LoRA factors `....q_proj.lora_A.weight`.
@@ -51,17 +60,19 @@ pub struct Param<D: Device> {
     pub shape: Vec<usize>,
     /// Whether it has a gradient.
     pub trainable: bool,
-    /// The values.
+    /// The values; f32, but for frozen ones in bf16 on a device that has it.
     pub value: D::Buffer,
-    /// A copy that products read, where these are not of f32: see [`super::Model::set_mixed_precision`].
-    pub working: Option<D::Buffer>,
+    /// What they may be.
+    pub store: Store,
+    /// A bf16 copy that products read: see [`super::Model::set_mixed_precision`].
+    pub(super) working: Option<D::Buffer>,
     /// Accumulated gradient, if `trainable`. That of a projection is there from a backward until [`super::Model::zero_grad`].
     pub grad: Option<D::Buffer>,
 }
 
 impl<D: Device> Param<D> {
     pub(super) fn new(name: String, kind: ParamKind, shape: Vec<usize>, value: D::Buffer) -> Self {
-        Param { name, kind, shape, trainable: false, value, working: None, grad: None }
+        Param { name, kind, shape, trainable: false, value, store: Store::F32, working: None, grad: None }
     }
 
     /// What products read.
@@ -76,6 +87,17 @@ impl<D: Device> Param<D> {
             (false, _) => self.grad = None,
             _ => {}
         }
+    }
+
+    /// Brings the copy that products read up to date, or drops it where they read the values themselves.
+    pub(super) fn refresh(&mut self, device: &D, narrow: bool) {
+        if !narrow || self.store != Store::F32 {
+            self.working = None;
+            return;
+        }
+        let len = self.elements();
+        let working = self.working.get_or_insert_with(|| device.zeros_of(Element::Bf16, len));
+        device.copy(&self.value, working);
     }
 
     /// Number of elements.
@@ -135,7 +157,7 @@ impl Layout {
     }
 
     /// The `which`-th of [`TARGETS`] in block `layer`, with the way its product takes for `rows` rows. `dims` are its
-    /// `(out, in)`.
+    /// `(out, in)`; `exact` is whether it is of f32.
     pub fn linear(
         &self,
         layer: usize,
@@ -143,13 +165,14 @@ impl Layout {
         lora: Option<&LoraSpec>,
         dims: (usize, usize),
         rows: usize,
+        exact: bool,
     ) -> Linear {
         let factors = |spec: &LoraSpec| {
             let per_target = if spec.train_scaling { 3 } else { 2 };
             let a = self.len() + per_target * (layer * TARGETS.len() + which);
             let scaling = if spec.train_scaling { Scaling::Tanh(a + 2) } else { Scaling::Fixed(spec.scaling as f32) };
             let extents = extents(dims, rows, spec.r);
-            let product = Product::choose(spec.product, extents, spec.dropout > 0.0, spec.train_scaling);
+            let product = Product::choose(spec, extents, exact);
             Factors { a, b: a + 1, scaling, product }
         };
         Linear { weight: self.weight(layer, which), lora: lora.map(factors) }

@@ -1,5 +1,6 @@
 //! Three ways to compute `y = x (W + s B A)ᵀ` and its gradients, and which of them takes the fewest operations.
 
+use super::lora::LoraSpec;
 use serde::{Deserialize, Serialize};
 
 /// How a low-rank product is computed. All give the same result up to rounding.
@@ -57,10 +58,12 @@ impl Product {
         }
     }
 
-    /// The way that `choice` asks for. With dropout there is but one; a trained scaling needs `x Aᵀ`.
-    pub(super) fn choose(choice: ProductChoice, extents: Extents, dropout: bool, train_scaling: bool) -> Product {
-        match choice {
-            _ if dropout => Product::Factored,
+    /// The way that the factors ask for. There is but one with dropout, and where the weight is not `exact`: in the sum with
+    /// it, a small delta would be lost. A trained scaling needs `x Aᵀ`.
+    pub(super) fn choose(spec: &LoraSpec, extents: Extents, exact: bool) -> Product {
+        let train_scaling = spec.train_scaling;
+        match spec.product {
+            _ if spec.dropout > 0.0 || !exact => Product::Factored,
             ProductChoice::Factored => Product::Factored,
             ProductChoice::Formed => Product::Formed,
             ProductChoice::WholeGradient if !train_scaling => Product::WholeGradient,
@@ -82,7 +85,7 @@ mod tests {
     fn the_cheapest_way_depends_on_rank_and_rows() {
         let choose = |rows, width, r| {
             let extents = Extents { rows, out: width, inner: width, r };
-            Product::choose(ProductChoice::Auto, extents, false, false)
+            Product::choose(&LoraSpec::new(r, 1.0), extents, true)
         };
         // Few rows: forming the weight costs more than it saves.
         assert_eq!(choose(64, 512, 8), Product::Factored);
@@ -90,7 +93,11 @@ mod tests {
         // r beyond a quarter of the width.
         assert_eq!(choose(4096, 256, 128), Product::WholeGradient);
         let extents = Extents { rows: 4096, out: 256, inner: 256, r: 128 };
-        assert_eq!(Product::choose(ProductChoice::Auto, extents, false, true), Product::Formed);
-        assert_eq!(Product::choose(ProductChoice::Formed, extents, true, false), Product::Factored);
+        let spec = |product| LoraSpec { product, ..LoraSpec::new(128, 1.0) };
+        let scaled = LoraSpec { train_scaling: true, ..spec(ProductChoice::Auto) };
+        assert_eq!(Product::choose(&scaled, extents, true), Product::Formed);
+        let dropped = LoraSpec { dropout: 0.1, ..spec(ProductChoice::Formed) };
+        assert_eq!(Product::choose(&dropped, extents, true), Product::Factored);
+        assert_eq!(Product::choose(&spec(ProductChoice::WholeGradient), extents, false), Product::Factored);
     }
 }

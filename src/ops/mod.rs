@@ -97,6 +97,16 @@ pub trait Device: Send + Sync {
     fn status(&self) -> Result<()>;
     /// Bytes that buffers can still take, if that can be told.
     fn free_memory(&self) -> Option<u64>;
+    /// Gets so many bytes ready, where that is better done at once. Whether there are as many.
+    fn reserve(&self, bytes: u64) -> bool {
+        self.free_memory().is_none_or(|free| bytes <= free)
+    }
+    /// Bytes that training takes besides its buffers: workspaces of operations, or the program itself, if it shares the memory.
+    fn overhead(&self, shape: &AttentionShape, element: Element) -> u64;
+    /// The most bytes that were in use at a time, where that is not the program's own memory.
+    fn peak_memory(&self) -> Option<u64> {
+        None
+    }
     /// Whether products may round their factors to TF32 (10 bits) where that is faster. Not at first; most devices have none.
     fn allow_tf32(&self, _allow: bool) {}
 
@@ -225,8 +235,8 @@ pub trait Device: Send + Sync {
     fn tally_losses(&self, scale: f64, losses: &Self::Buffer, tally: &mut Self::Tally);
     /// Adds the squares of all elements of these buffers, in f64, and then clips: see [`Tally::clip`].
     fn tally_gradients(&self, gradients: &[&Self::Buffer], max_norm: f64, tally: &mut Self::Tally);
-    /// The tally's numbers: waits for everything that was asked for.
-    fn read_tally(&self, tally: &Self::Tally) -> Tally;
+    /// The tally's numbers: waits for everything that was asked for, and fails if some of it did.
+    fn read_tally(&self, tally: &Self::Tally) -> Result<Tally>;
 
     /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the tally's factor, and moments `m`,
     /// `v`. Nothing moves where the factor is NaN.

@@ -179,6 +179,18 @@ impl<D: Device> Device for Profiled<D> {
         self.device.free_memory()
     }
 
+    fn reserve(&self, bytes: u64) -> bool {
+        self.device.reserve(bytes)
+    }
+
+    fn overhead(&self, shape: &AttentionShape, element: Element) -> u64 {
+        self.device.overhead(shape, element)
+    }
+
+    fn peak_memory(&self) -> Option<u64> {
+        self.device.peak_memory()
+    }
+
     fn allow_tf32(&self, allow: bool) {
         self.device.allow_tf32(allow);
     }
@@ -343,7 +355,7 @@ impl<D: Device> Device for Profiled<D> {
         self.time("gradient norm", |d| d.tally_gradients(gradients, max_norm, tally));
     }
 
-    fn read_tally(&self, tally: &D::Tally) -> Tally {
+    fn read_tally(&self, tally: &D::Tally) -> Result<Tally> {
         self.time("download", |d| d.read_tally(tally))
     }
 

@@ -50,6 +50,9 @@ impl Report for Summary {
         if let Some(peak) = self.peak_memory {
             rows.push(("peak memory", bytes(peak)));
         }
+        if let Some(peak) = self.device_peak_memory {
+            rows.push(("peak memory of the device", bytes(peak)));
+        }
         rows.push(("final checkpoint", self.checkpoint.display().to_string()));
         let mut tables = facts(&format!("run {}", self.run.display()), rows);
         if !self.operations.is_empty() {

@@ -6,6 +6,7 @@ mod companions;
 pub mod config;
 pub mod evaluate;
 mod inputs;
+pub use inputs::architecture;
 pub mod metrics;
 pub mod optim;
 pub mod phase;

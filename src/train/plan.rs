@@ -1,18 +1,15 @@
 //! What a training will need, before it starts: memory and arithmetic of every mode.
 
 use super::{
-    config::{Config, Mode},
+    config::{Config, MixedPrecision, Mode},
     inputs::{architecture, preset},
 };
 use crate::{
     error::Result,
     model::{LlamaConfig, LoraSpec, memory},
-    ops::{Cpu, Device},
+    ops::{AttentionShape, Cpu, Device, Element},
 };
 use serde::Serialize;
-
-/// Memory of the program itself: code, thread stacks, the buffers of the BLAS library, text being read. Measured.
-const PROCESS: u64 = 20 << 20;
 
 /// What one mode needs, in bytes.
 #[derive(Clone, Debug, Serialize)]
@@ -21,7 +18,7 @@ pub struct Needs {
     pub model: String,
     /// What is trained.
     pub mode: Mode,
-    /// `f32`, as this program trains; `bf16`: weights, gradients and activations in bf16, moments in f32.
+    /// `f32`, or `bf16` for `train.mixed_precision = "bf16"` on a GPU.
     pub dtype: &'static str,
     /// Parameters in all, LoRA factors included.
     pub parameters: u64,
@@ -61,19 +58,63 @@ pub struct Plan {
     pub available: Option<u64>,
 }
 
-/// A sentence about memory, if the device does not have what the run will take.
-pub(super) fn shortage<D: Device>(device: &D, config: &Config) -> Result<Option<String>> {
-    let plan = plan(config, &[])?;
-    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-    Ok(plan.configured_peak.zip(device.free_memory()).filter(|(peak, available)| peak > available).map(
-        |(peak, available)| {
-            format!(
-                "training will take about {:.1} GiB of memory, the device has {:.1} GiB to spare; see train --plan",
-                gib(peak),
-                gib(available)
-            )
-        },
-    ))
+/// Lets the device get the memory of the run ready. Warnings, if it has not what the run asks for.
+pub(super) fn reserve<D: Device>(device: &D, config: &Config) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    let bf16 = config.train.mixed_precision == MixedPrecision::Bf16;
+    if bf16 && device.width(Element::Bf16) == device.width(Element::F32) {
+        warnings.push("the device has no bf16: frozen weights are rounded to it, everything is computed in f32".into());
+    }
+    // It decides about workspaces.
+    device.allow_tf32(config.train.tf32);
+    let peak = peak(device, config)?;
+    if let (false, Some(available)) = (device.reserve(peak), device.free_memory()) {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        warnings.push(format!(
+            "training will take about {:.1} GiB of memory, the device has {:.1} GiB to spare; see train --plan",
+            gib(peak),
+            gib(available)
+        ));
+    }
+    Ok(warnings)
+}
+
+/// Bytes that the configured run takes on this device at its peak: with a warm start, the larger of both parts.
+fn peak<D: Device>(device: &D, config: &Config) -> Result<u64> {
+    let llama = architecture(config)?;
+    let bf16 = config.train.mixed_precision == MixedPrecision::Bf16;
+    let mixed_precision = bf16 && device.width(Element::Bf16) < device.width(Element::F32);
+    let passes = memory::Passes { mixed_precision, ..passes(config) };
+    let part = |lora: Option<&LoraSpec>| {
+        let memory::Bytes { weights, gradients, optimiser, activations } =
+            memory::elements(&llama, lora, passes).bytes(mixed_precision);
+        weights + gradients + optimiser + activations
+    };
+    let spec = config.relora.as_ref().map(LoraSpec::from);
+    let own = part(spec.as_ref());
+    let all = if config.warm_start.is_some() { own.max(part(None)) } else { own };
+    let shape = AttentionShape {
+        batch: passes.batch,
+        len: passes.len,
+        heads: llama.num_attention_heads,
+        kv_heads: llama.num_key_value_heads,
+        head_dim: llama.head_dim,
+    };
+    let element = if mixed_precision { Element::Bf16 } else { Element::F32 };
+    // A merge that rounds has the weight three times more for a while: before, after, and the difference.
+    let widest = (llama.num_attention_heads * llama.head_dim).max(llama.intermediate_size) * llama.hidden_size;
+    let merge = if spec.is_some() && config.train.rounds_merges() { 12 * widest as u64 } else { 0 };
+    Ok(all + merge + device.overhead(&shape, element))
+}
+
+fn passes(config: &Config) -> memory::Passes {
+    memory::Passes {
+        batch: config.train.batch_size,
+        len: config.data.max_length,
+        accumulation: config.train.gradient_accumulation,
+        activation_checkpointing: config.train.activation_checkpointing,
+        mixed_precision: false,
+    }
 }
 
 /// Plans the configured model, or these presets (`all`: every one) with the batch and rank of `config`.
@@ -81,15 +122,7 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
     let llama = &architecture(config)?;
     let t = &config.train;
     let (lora_r, spec) = match &config.relora {
-        Some(r) => (
-            r.lora_r,
-            LoraSpec {
-                dropout: r.lora_dropout,
-                train_scaling: r.train_scaling,
-                product: r.product,
-                ..LoraSpec::new(r.lora_r, r.lora_alpha)
-            },
-        ),
+        Some(r) => (r.lora_r, LoraSpec::from(r)),
         None => (128, LoraSpec::new(128, 32.0)),
     };
     let name = config.model.preset.clone().filter(|_| config.model.overrides.is_empty());
@@ -101,18 +134,13 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             models.push((name.clone(), preset(name)?));
         }
     }
-    let passes = memory::Passes {
-        batch: t.batch_size,
-        len: config.data.max_length,
-        accumulation: t.gradient_accumulation,
-        activation_checkpointing: t.activation_checkpointing,
-    };
+    let passes = passes(config);
+    let process = Cpu.overhead(&AttentionShape { batch: 0, len: 0, heads: 0, kv_heads: 1, head_dim: 0 }, Element::F32);
     let needs = |name: &str, llama: &LlamaConfig, mode, dtype| {
         let lora = (mode != Mode::Full).then_some(&spec);
+        let passes = memory::Passes { mixed_precision: dtype == "bf16", ..passes };
         let e = memory::elements(llama, lora, passes);
-        let width: u64 = if dtype == "f32" { 4 } else { 2 };
-        let (weights, gradients, optimiser) = (width * e.weights, width * e.gradients, 4 * e.moments);
-        let activations = width * e.activations;
+        let memory::Bytes { weights, gradients, optimiser, activations } = e.bytes(passes.mixed_precision);
         Needs {
             model: name.to_owned(),
             mode,
@@ -123,18 +151,15 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             gradients,
             optimiser,
             activations,
-            total: weights + gradients + optimiser + activations + PROCESS,
-            flops_per_token: memory::flops_per_token(llama, lora, [passes.batch, passes.len]),
+            total: weights + gradients + optimiser + activations + process,
+            flops_per_token: memory::flops_per_token(llama, lora, passes),
         }
     };
     let modes = [Mode::Full, Mode::Lora, Mode::Relora];
     let all = models.iter().flat_map(|(name, llama)| {
         modes.iter().flat_map(move |&mode| ["f32", "bf16"].map(|dtype| needs(name, llama, mode, dtype)))
     });
-    let configured_peak = presets.is_empty().then(|| {
-        let own = needs("", llama, t.mode, "f32").total;
-        if config.warm_start.is_some() { own.max(needs("", llama, Mode::Full, "f32").total) } else { own }
-    });
+    let configured_peak = if presets.is_empty() { Some(peak(&Cpu, config)?) } else { None };
     Ok(Plan {
         batch_size: t.batch_size,
         max_length: config.data.max_length,
@@ -162,10 +187,10 @@ mod tests {
     #[test]
     fn a_run_that_does_not_fit_is_announced() {
         // Terabytes of activations, whatever machine this is; and 0.3 GiB.
-        let large = shortage(&Cpu, &config("llama_7b", 4096)).unwrap();
+        let large = reserve(&Cpu, &config("llama_7b", 4096)).unwrap();
         if Cpu.free_memory().is_some() {
-            assert!(large.is_some_and(|warning| warning.contains("GiB to spare")));
+            assert!(large.len() == 1 && large[0].contains("GiB to spare"), "{large:?}");
         }
-        assert_eq!(shortage(&Cpu, &config("llama_9m", 1)).unwrap(), None);
+        assert!(reserve(&Cpu, &config("llama_9m", 1)).unwrap().is_empty());
     }
 }

@@ -2,11 +2,11 @@
 
 use super::{
     companions,
-    config::{Config, Mode, WeightDtype, WeightRounding},
+    config::{Config, Mode, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, MergeRow, Metrics, UpdateRow},
-    plan::shortage,
+    plan::reserve,
     state,
     tokens::{TokenShard, Windows},
     trainer::{Trainer, Update, UpdateOutcome},
@@ -55,6 +55,9 @@ pub struct Summary {
     pub checkpoint: PathBuf,
     /// Bytes of memory at the peak of this process (Linux).
     pub peak_memory: Option<u64>,
+    /// Bytes of the device's memory in use at the peak, where that is not the process's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_peak_memory: Option<u64>,
     /// Where the time went, if that was asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub operations: Vec<OperationTime>,
@@ -81,9 +84,7 @@ impl<D: Device> Session<D> {
                 .help(format!("choose another, or go on with: relora-kit train --resume {}", dir.display())));
         }
         resolve_warm_up(&mut config, progress)?;
-        if let Some(warning) = shortage(&device, &config)? {
-            progress.warn(&warning);
-        }
+        reserve(&device, &config)?.iter().for_each(|warning| progress.warn(warning));
         let shard = TokenShard::open(&config.data.train)?;
         let model = initial_model(device, &config)?;
         let trainer = Trainer::new(config.clone(), model, shard)?;
@@ -94,8 +95,7 @@ impl<D: Device> Session<D> {
             mode: serde_name(&config.train.mode),
             seed: config.train.seed,
             first_step: config.model.warmed_up_steps.unwrap_or(0),
-            stochastic_rounding: config.train.dtype == WeightDtype::Bf16
-                && config.train.rounding == WeightRounding::Stochastic,
+            stochastic_rounding: config.train.rounds_merges() && config.train.rounding == WeightRounding::Stochastic,
             data: hash_data(&config)?,
             base: None,
             cycles: Vec::new(),
@@ -163,6 +163,7 @@ impl<D: Device> Session<D> {
             ))
             .help("restore the token shard; a run cannot change its data"));
         }
+        reserve(&device, &config)?.iter().for_each(|warning| progress.warn(warning));
         let shard = TokenShard::open(&config.data.train)?;
         let trainer = match newest_sound_checkpoint(&dir, progress)? {
             None => Trainer::new(config.clone(), initial_model(device, &config)?, shard)?,
@@ -287,7 +288,7 @@ impl<D: Device> Session<D> {
     }
 
     fn start_cycles(&mut self) -> Result<()> {
-        self.trainer.drop_weights_if_lora_only();
+        self.trainer.freeze_projections();
         let staged = StagedDir::create(&self.dir.base_path(), true)?;
         state::save_model(&self.trainer.model, self.trainer.config().train.dtype, staged.path())?;
         companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
@@ -416,6 +417,7 @@ impl<D: Device> Session<D> {
             checkpoint: self.dir.0.join(RunDir::checkpoint_folder(self.trainer.step)),
             run: self.dir.0,
             peak_memory: peak_memory(),
+            device_peak_memory: self.trainer.model.device().peak_memory(),
             operations: Vec::new(),
         })
     }

@@ -13,7 +13,7 @@ use crate::{
     adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
     checkpoint::{Checkpoint, Dtype, HEAD_NAME, TensorFile, TensorSpec, Writer},
     error::{Error, Result},
-    model::{Model, ParamKind},
+    model::{Model, Param, ParamKind, Store},
     ops::Device,
     run::{sha256_file, sha256_folder},
 };
@@ -45,13 +45,10 @@ struct Counters {
 
 /// Writes the model as a Hugging Face folder, the current delta merged.
 pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, folder: &Path) -> Result<()> {
-    let (dtype, dtype_name) = match dtype {
-        WeightDtype::F32 => (Dtype::F32, "float32"),
-        WeightDtype::Bf16 => (Dtype::BF16, "bfloat16"),
-    };
+    let dtype_name = if dtype == WeightDtype::Bf16 { "bfloat16" } else { "float32" };
     let stored = || model.params().iter().filter(|p| !p.kind.is_lora());
-    let specs: Vec<TensorSpec> =
-        stored().map(|p| TensorSpec { name: p.name.clone(), dtype, shape: p.shape.clone() }).collect();
+    let spec = |p: &Param<D>| TensorSpec { name: p.name.clone(), dtype: kept_as(p, dtype), shape: p.shape.clone() };
+    let specs: Vec<TensorSpec> = stored().map(spec).collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let writer = Writer::create(folder, &specs, 5_000_000_000, &metadata)?;
     for param in stored() {
@@ -59,13 +56,18 @@ pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, folder: &Path
         if param.kind == ParamKind::Linear && model.lora().is_some() {
             add_delta(model, &param.name, &param.shape, values.to_mut());
         }
-        writer.write_f32(&param.name, dtype, &values)?;
+        writer.write_f32(&param.name, kept_as(param, dtype), &values)?;
     }
     model.device().status()?;
     writer.finish()?;
     let mut json = model.config().to_json();
     json["torch_dtype"] = dtype_name.into();
     write_json(&folder.join("config.json"), &json)
+}
+
+/// The type that a parameter is stored as: that of its values, so that `verify` reads from it how they were rounded.
+fn kept_as<D: Device>(param: &Param<D>, dtype: WeightDtype) -> Dtype {
+    if dtype == WeightDtype::Bf16 || param.store == Store::Bf16 { Dtype::BF16 } else { Dtype::F32 }
 }
 
 /// `values += scaling * B @ A` for the projection called `name`, on the host.
@@ -148,9 +150,7 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
     let mut tensors = Vec::new();
     for param in model.params() {
         if model.lora().is_some() && !matches!(param.kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head) {
-            // bf16 weights as such: `verify` reads from the type how they were rounded.
-            let bf16 = trainer.config().train.dtype == WeightDtype::Bf16;
-            let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
+            let dtype = kept_as(param, trainer.config().train.dtype);
             tensors.push((format!("param.{}", param.name), dtype, &param.shape, &param.value));
         }
         if let Some(moments) = trainer.optimizer.moments.get(&param.name) {
@@ -206,6 +206,7 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
     let counters: Counters = serde_json::from_slice(&bytes)
         .map_err(|e| Error::request(format!("'{}' is not a training state: {e}", path.display())))?;
     if counters.low_rank {
+        trainer.freeze_projections();
         trainer.start_cycles()?;
     }
     trainer.step = counters.step;

@@ -4,14 +4,14 @@
 //! A and B; at every restart `W += s B A`, A is drawn anew, B = 0, and the optimiser state of A and B is pruned.
 
 use super::{
-    config::{Config, WeightDtype, WeightRounding},
+    config::{Config, MixedPrecision, WeightDtype, WeightRounding},
     optim::Optimizer,
     phase::Phase,
     tokens::{TokenShard, Windows, mix},
 };
 use crate::{
     error::{Error, Result},
-    model::{LoraSpec, Model, ParamKind},
+    model::{LoraSpec, Model, ParamKind, Store},
     ops::{Device, Rounding, Tally},
 };
 
@@ -114,6 +114,7 @@ impl<D: Device> Trainer<D> {
         trainer.model.device().allow_tf32(trainer.config.train.tf32);
         trainer.round(|_| true, |_| Rounding::Nearest);
         trainer.model.set_trainable(|_| true);
+        trainer.model.set_mixed_precision(trainer.config.train.mixed_precision == MixedPrecision::Bf16);
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
         trainer.model.set_gradient_accumulation(trainer.config.train.gradient_accumulation > 1);
         Ok(trainer)
@@ -157,17 +158,21 @@ impl<D: Device> Trainer<D> {
         next.unwrap_or(&self.phases[self.phases.len() - 1])
     }
 
-    /// Drops the weights of the projections, if the configuration wants `s B A` alone. Call before the base is saved.
-    pub fn drop_weights_if_lora_only(&mut self) {
+    /// Makes the projections what they will be while they are frozen: dropped, if the configuration wants `s B A` alone, or
+    /// rounded. Comes before the base is saved and [`Trainer::start_cycles`].
+    pub fn freeze_projections(&mut self) {
         if self.config.relora.as_ref().is_some_and(|r| r.lora_only) {
             let (device, params) = self.model.device_and_params_mut();
             for p in params.iter_mut().filter(|p| p.kind == ParamKind::Linear) {
                 device.fill(&mut p.value, 0.0);
             }
         }
+        if self.config.train.mixed_precision == MixedPrecision::Bf16 {
+            self.model.store_projections(Store::Bf16);
+        }
     }
 
-    /// Freezes the projections and begins the first cycle.
+    /// Begins the first cycle.
     pub fn start_cycles(&mut self) -> Result<()> {
         let spec = self.lora_spec()?;
         self.model.add_lora(spec);
@@ -208,7 +213,7 @@ impl<D: Device> Trainer<D> {
         retention
     }
 
-    /// Merges the last cycle; the model is an ordinary one again. With bf16 weights, returns the share of the delta that
+    /// Merges the last cycle; the model is an ordinary one again. With rounded weights, returns the share of the delta that
     /// survived their rounding.
     pub fn finish_cycles(&mut self) -> Option<f64> {
         let retention = self.merge();
@@ -217,16 +222,12 @@ impl<D: Device> Trainer<D> {
     }
 
     fn merge(&mut self) -> Option<f64> {
-        match self.config.train.dtype {
-            WeightDtype::F32 => {
-                self.model.merge_lora();
-                None
-            }
-            WeightDtype::Bf16 => {
-                let (mode, seed) = (self.config.train.rounding, self.rounding_seed());
-                Some(self.model.merge_lora_into_bf16(|at| rounding(mode, seed, at)))
-            }
+        if !self.config.train.rounds_merges() {
+            self.model.merge_lora();
+            return None;
         }
+        let (mode, seed) = (self.config.train.rounding, self.rounding_seed());
+        Some(self.model.merge_lora_rounded(|at| rounding(mode, seed, at)))
     }
 
     /// With bf16 weights, rounds the parameters of these kinds, each by its place in the list.
@@ -270,8 +271,7 @@ impl<D: Device> Trainer<D> {
         self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
 
         // Here the host waits, and nowhere else.
-        let Tally { loss, squares, factor } = self.model.device().read_tally(&tally);
-        self.model.device().status()?;
+        let Tally { loss, squares, factor } = self.model.device().read_tally(&tally)?;
         let (grad_norm, applied) = (squares.sqrt(), !factor.is_nan());
         match applied {
             true => self.optimizer.count_update(&self.model),
@@ -297,12 +297,7 @@ impl<D: Device> Trainer<D> {
     /// Rank and scale of the delta, from the configuration.
     pub fn lora_spec(&self) -> Result<LoraSpec> {
         let relora = self.config.relora.as_ref().ok_or_else(|| Error::request("mode full has no cycles"))?;
-        Ok(LoraSpec {
-            dropout: relora.lora_dropout,
-            train_scaling: relora.train_scaling,
-            product: relora.product,
-            ..LoraSpec::new(relora.lora_r, relora.lora_alpha)
-        })
+        Ok(relora.into())
     }
 
     fn cycle_seed(&self, cycle: u64) -> u64 {

@@ -8,6 +8,7 @@
 //
 // The environment decides about the machine:
 //   CUDA_DOUBLE_DEVICES    number of GPUs (1)
+//   CUDA_DOUBLE_CAPABILITY their compute capability (80 for 8.0)
 //   CUDA_DOUBLE_VERSION    CUDA version of the driver (12090)
 //   CUDA_DOUBLE_MEMORY     bytes of memory (2^31)
 //   CUDA_DOUBLE_LOSE_AFTER the GPU is lost after this many kernels (never)
@@ -485,8 +486,8 @@ CUresult cuDeviceGetName(char* name, int len, int) {
 
 CUresult cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
-        case 75: *value = 8; return OK; // compute capability
-        case 76: *value = 0; return OK;
+        case 75: *value = (int)setting("CUDA_DOUBLE_CAPABILITY", 80) / 10; return OK;
+        case 76: *value = (int)setting("CUDA_DOUBLE_CAPABILITY", 80) % 10; return OK;
         case 115: *value = 1; return OK; // memory pools
     }
     return INVALID_VALUE;
@@ -554,6 +555,7 @@ CUresult cuMemPoolCreate(int** pool, const void* properties) {
 
 CUresult cuMemPoolDestroy(int* pool) {
     READY_OR_RETURN;
+    reserved = used_most = used;
     return pool == &the_pool ? OK : INVALID_VALUE;
 }
 

@@ -44,6 +44,19 @@ impl Cuda {
         (element == Element::Bf16 || self.0.blas.allows_tf32()) && shape.len <= LONGEST
     }
 
+    /// Bytes that backward takes for a while, which is more than forward does.
+    pub(super) fn attention_workspace(&self, shape: &AttentionShape, element: Element) -> u64 {
+        let &AttentionShape { batch, len, heads, kv_heads, head_dim } = shape;
+        let per_window = len * kv_heads * head_dim;
+        let scores = if self.has_scores(shape, element) {
+            let bytes = (8 + 2 * width(element)) * len * len;
+            8 * per_window + bytes * (SCORES / bytes).clamp(1, kv_heads)
+        } else {
+            2 * width(element) * batch * per_window
+        };
+        (4 * batch * heads * len + scores) as u64
+    }
+
     pub(super) fn attend(
         &self,
         shape: AttentionShape,

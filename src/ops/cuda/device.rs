@@ -12,7 +12,7 @@ use crate::{
     ops::{AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally},
 };
 use half::bf16;
-use std::{collections::BTreeMap, sync::PoisonError};
+use std::collections::BTreeMap;
 
 /// Rows that one thread adds up in the gradient of a norm's weight: `ROWS` of rms_norm.cu.
 const NORM_ROWS: usize = 64;
@@ -21,6 +21,11 @@ const NORM_ROWS: usize = 64;
 const PARTS: u32 = 1024;
 
 impl Cuda {
+    /// What elements are on this GPU: before compute capability 8.0, cuBLAS multiplies no bf16.
+    fn native(&self, element: Element) -> Element {
+        if self.0.gpu.capability < 80 { Element::F32 } else { element }
+    }
+
     /// Adds `scale` times the parts that `kernel` makes of `buffers`, all of one length, in f64, to the number at `total`.
     fn add_up(&self, kernel: &'static str, buffers: &[&CudaBuffer], scale: f64, total: Arg) {
         let parts = self.allocate(2 * PARTS as usize);
@@ -51,6 +56,7 @@ impl Device for Cuda {
     type Tally = CudaTally;
 
     fn zeros_of(&self, element: Element, len: usize) -> CudaBuffer {
+        let element = self.native(element);
         let mut memory = self.allocate_bytes(width(element) * len);
         self.attempt(|_| memory.fill(0));
         CudaBuffer { memory, element, len }
@@ -92,7 +98,7 @@ impl Device for Cuda {
     }
 
     fn width(&self, element: Element) -> usize {
-        width(element)
+        width(self.native(element))
     }
 
     fn room(&self, buffer: &CudaBuffer) -> usize {
@@ -101,6 +107,7 @@ impl Device for Cuda {
     }
 
     fn remake(&self, buffer: &mut CudaBuffer, element: Element, len: usize) {
+        let element = self.native(element);
         let (needed, room) = (width(element) * len, self.room(buffer));
         assert!(needed <= room, "remake: {needed} bytes in a buffer of {room}");
         (buffer.element, buffer.len) = (element, len);
@@ -114,11 +121,25 @@ impl Device for Cuda {
 
     fn status(&self) -> Result<()> {
         self.attempt(|gpu| gpu.synchronize());
-        self.0.failure.lock().unwrap_or_else(PoisonError::into_inner).clone().map_or(Ok(()), Err)
+        self.first_failure().map_or(Ok(()), Err)
     }
 
     fn free_memory(&self) -> Option<u64> {
         Some(self.attempt(|gpu| gpu.memory())?.0)
+    }
+
+    fn reserve(&self, bytes: u64) -> bool {
+        self.attempt(|gpu| gpu.reserve(bytes)).unwrap_or(false)
+    }
+
+    fn overhead(&self, shape: &AttentionShape, element: Element) -> u64 {
+        // Token ids sorted for the embedding, parts of sums, and what the pool loses between buffers.
+        let others = 16 * (shape.batch * shape.len) as u64 + (8 << 20);
+        self.attention_workspace(shape, element) + others
+    }
+
+    fn peak_memory(&self) -> Option<u64> {
+        self.attempt(|gpu| gpu.peak_memory())
     }
 
     fn allow_tf32(&self, allow: bool) {
@@ -413,11 +434,11 @@ impl Device for Cuda {
         self.launch("clip", [1; 3], 0, &[tally.at(0), max_norm.into()]);
     }
 
-    fn read_tally(&self, tally: &CudaTally) -> Tally {
+    fn read_tally(&self, tally: &CudaTally) -> Result<Tally> {
         let mut numbers = [f64::NAN; 3];
         self.attempt(|_| tally.0.read(&mut numbers));
         let [loss, squares, factor] = numbers;
-        Tally { loss, squares, factor }
+        self.first_failure().map_or(Ok(Tally { loss, squares, factor }), Err)
     }
 
     fn adamw(

@@ -109,6 +109,10 @@ impl Cuda {
         work(&self.0.gpu).map_err(|error| *failure = Some(error)).ok()
     }
 
+    fn first_failure(&self) -> Option<Error> {
+        self.0.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// f32 or u32 elements with anything in them; none, if there is no memory for them.
     fn allocate(&self, len: usize) -> Memory {
         self.allocate_bytes(4 * len)

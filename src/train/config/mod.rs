@@ -8,7 +8,7 @@ mod read;
 use super::{schedule::Scheduler, tokens::TokenCount};
 use crate::{
     error::{Error, Result},
-    model::ProductChoice,
+    model::{LoraSpec, ProductChoice},
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -89,6 +89,17 @@ pub enum WeightDtype {
     Bf16,
 }
 
+/// What products are computed with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MixedPrecision {
+    /// f32, everything.
+    #[default]
+    No,
+    /// bf16 activations and factors of products, sums in f32, f32 master copies of what trains. Frozen weights are bf16.
+    Bf16,
+}
+
 /// How weights become bf16 after an update or a merge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -142,9 +153,14 @@ pub struct TrainConfig {
     /// products stay f32.
     #[serde(default)]
     pub dtype: WeightDtype,
-    /// With `dtype = "bf16"`: `stochastic` or `nearest`.
+    /// How weights, or merges into weights, are rounded to bf16: `stochastic` or `nearest`.
     #[serde(default)]
     pub rounding: WeightRounding,
+    /// `no`, or `bf16`: activations and what products read are bf16, sums f32; what trains keeps f32 master copies, frozen
+    /// weights are rounded to bf16 when the first cycle begins and after every merge. The CPU rounds the same weights, and
+    /// computes in f32.
+    #[serde(default)]
+    pub mixed_precision: MixedPrecision,
     /// Let products on an NVIDIA GPU round their factors to TF32 (10 bits instead of 23): faster. The CPU has none.
     #[serde(default)]
     pub tf32: bool,
@@ -316,6 +332,24 @@ fn million() -> u64 {
 }
 fn cosine() -> Scheduler {
     Scheduler::Cosine
+}
+
+impl From<&ReloraConfig> for LoraSpec {
+    fn from(relora: &ReloraConfig) -> LoraSpec {
+        LoraSpec {
+            dropout: relora.lora_dropout,
+            train_scaling: relora.train_scaling,
+            product: relora.product,
+            ..LoraSpec::new(relora.lora_r, relora.lora_alpha)
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Whether what a restart merges into is rounded to bf16.
+    pub fn rounds_merges(&self) -> bool {
+        self.dtype == WeightDtype::Bf16 || self.mixed_precision == MixedPrecision::Bf16
+    }
 }
 
 impl Config {

@@ -1,0 +1,201 @@
+//! Training on the test double, seen from inside: how often the host waits, what memory is taken, and what mixed precision
+//! changes.
+#![allow(missing_docs)]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod common;
+
+use common::cuda_double::{folder, open};
+use relora_kit::{
+    ops::{Cpu, Cuda, Device},
+    progress::Progress,
+    run::RunDir,
+    train::{
+        config::Config,
+        session::{Session, Summary},
+    },
+};
+use std::{fs, path::Path, sync::Mutex};
+
+/// The double counts for the whole process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// One of the double's counters.
+fn counter(name: &str) -> u64 {
+    // SAFETY: the double is loaded already; the function takes nothing and returns its number.
+    unsafe {
+        let driver = libloading::Library::new(folder().join("libcuda.so.1")).unwrap();
+        let count: libloading::Symbol<unsafe extern "C" fn() -> u64> = driver.get(name.as_bytes()).unwrap();
+        count()
+    }
+}
+
+const MODEL: &str = r#"{"model_type": "llama", "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 257, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false, "initializer_range": 0.05}"#;
+
+const RUN: &str = r#"
+[model]
+config = "model.json"
+[data]
+train = "tokens.safetensors"
+validation_fraction = 0.1
+max_length = 24
+[train]
+mode = "relora"
+seed = 5
+batch_size = 2
+gradient_accumulation = 2
+num_training_steps = 16
+lr = 1e-2
+scheduler = "cosine_restarts"
+warmup_steps = 2
+restart_warmup_steps = 2
+save_every = 7
+[warm_start]
+num_training_steps = 4
+warmup_steps = 2
+[relora]
+lora_r = 4
+lora_alpha = 8.0
+relora = 6
+"#;
+
+/// A folder with a model, tokens and `run.toml`.
+fn workshop() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let text: String = (0..300).map(|i| format!("line {} of a text that repeats itself.\n", i % 7)).collect();
+    fs::write(folder.path().join("text.txt"), text).unwrap();
+    fs::write(folder.path().join("model.json"), MODEL).unwrap();
+    fs::write(folder.path().join("run.toml"), RUN).unwrap();
+    let args =
+        ["tokenize".into(), folder.path().join("text.txt"), "-o".into(), folder.path().join("tokens.safetensors")];
+    assert_eq!(common::run(args).0, 0);
+    folder
+}
+
+fn config(workshop: &Path, set: &[&str]) -> Config {
+    let set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
+    Config::read(&workshop.join("run.toml"), &set).unwrap()
+}
+
+fn train<D: Device>(device: D, workshop: &Path, name: &str, set: &[&str]) -> Summary {
+    let run = workshop.join(name);
+    Session::create(device, config(workshop, set), &run, &Progress::hidden()).unwrap().run().unwrap()
+}
+
+/// Loss of every update.
+fn losses(run: &Path) -> Vec<f64> {
+    let rows = fs::read_to_string(RunDir(run.into()).metrics_path()).unwrap();
+    let rows = rows.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    rows.filter_map(|row| row.get("loss")?.as_f64()).collect()
+}
+
+const MIXED: &str = "train.mixed_precision=bf16";
+
+#[test]
+fn the_host_waits_once_per_update() {
+    let _one = ONE_AT_A_TIME.lock();
+    let workshop = workshop();
+    for set in [
+        &["relora.lora_dropout=0.1"][..],
+        &[MIXED],
+        &["train.tf32=true"],
+        &["relora.train_scaling=true"],
+        &["relora.train_scaling=true", "train.activation_checkpointing=true", "train.dtype=bf16"],
+    ] {
+        let device: Cuda = open();
+        let config = config(workshop.path(), set);
+        let shard = relora_kit::train::tokens::TokenShard::open(&config.data.train).unwrap();
+        let llama = relora_kit::train::architecture(&config).unwrap();
+        let model = relora_kit::model::Model::init(device, llama, 3).unwrap();
+        let mut trainer = relora_kit::train::trainer::Trainer::new(config, model, shard).unwrap();
+        while !trainer.is_finished() {
+            if trainer.cycles_start_here() {
+                trainer.freeze_projections();
+                trainer.start_cycles().unwrap();
+            }
+            let before = counter("cuda_double_waits");
+            trainer.update().unwrap();
+            assert_eq!(counter("cuda_double_waits") - before, 1, "{set:?}, update {}", trainer.step);
+            if trainer.restart_is_due() {
+                trainer.restart();
+            }
+        }
+    }
+}
+
+#[test]
+fn what_the_plan_reserves_is_enough() {
+    let _one = ONE_AT_A_TIME.lock();
+    let workshop = workshop();
+    let wide = ["train.batch_size=8", "train.gradient_accumulation=1", "data.max_length=48"];
+    for (name, set) in [
+        ("plain", &[][..]),
+        ("mixed", &[MIXED]),
+        ("tf32", &["train.tf32=true"]),
+        ("checkpointing", &["train.activation_checkpointing=true"]),
+    ] {
+        let device = open();
+        let before = counter("cuda_double_growths");
+        let summary = train(device, workshop.path(), name, &[&wide[..], set].concat());
+        // The reservation itself, and nothing after it.
+        assert_eq!(counter("cuda_double_growths") - before, 1, "{name}");
+        assert!(summary.device_peak_memory.unwrap() > 1 << 20, "{name}");
+    }
+}
+
+#[test]
+fn mixed_precision_trains_as_f32_does_within_its_rounding() {
+    let _one = ONE_AT_A_TIME.lock();
+    let workshop = workshop();
+    let exact = train(Cpu, workshop.path(), "f32", &[]);
+    for (name, set) in [("nearest", &[MIXED, "train.rounding=nearest"][..]), ("chance", &[MIXED])] {
+        let mixed = train(open(), workshop.path(), name, set);
+        let (found, expected) = (losses(&mixed.run), losses(&exact.run));
+        assert_eq!(found.len(), 16);
+        for (step, (f, e)) in found.iter().zip(&expected).enumerate() {
+            // Activations and factors carry 2^-9 on average; on losses of 5.5 and less this adds up to 1% after 16 updates.
+            assert!((f / e - 1.0).abs() < 0.01, "{name}, update {}: {f} instead of {e}", step + 1);
+        }
+        assert!(found != expected && found[15] < 0.9 * found[0], "{found:?}");
+        // Merges into bf16 are noted, and hold.
+        let manifest = RunDir(mixed.run.clone()).manifest().unwrap();
+        assert!(manifest.cycles.len() == 2 && manifest.stochastic_rounding == (name == "chance"));
+        assert!(manifest.cycles.iter().all(|c| c.retention.is_some_and(|r| r > 0.9)), "{:?}", manifest.cycles);
+        let (code, stdout, stderr) = common::run(["verify".as_ref(), mixed.run.as_os_str()]);
+        assert_eq!(code, 0, "{stdout}{stderr}");
+    }
+}
+
+#[test]
+fn a_mixed_run_resumes_to_the_same_bits_and_on_the_cpu() {
+    let _one = ONE_AT_A_TIME.lock();
+    let workshop = workshop();
+    let whole = train(open(), workshop.path(), "whole", &[MIXED]);
+    let last = |run: &Path| fs::read(run.join("checkpoints/step-16/model.safetensors")).unwrap();
+    for step in ["7", "14"] {
+        let copy = workshop.path().join(format!("cut after {step}"));
+        let halted = |run: &Path| {
+            // As if it had died right after this checkpoint.
+            let status = std::process::Command::new("cp").arg("-r").arg(&whole.run).arg(run).status().unwrap();
+            assert!(status.success());
+            let manifest = fs::read_to_string(run.join("manifest.json")).unwrap();
+            fs::write(run.join("manifest.json"), manifest.replace("\"finished\": true", "\"finished\": false"))
+                .unwrap();
+            for later in ["7", "14", "16"].iter().filter(|l| l.parse::<u64>().unwrap() > step.parse().unwrap()) {
+                fs::remove_dir_all(run.join("checkpoints").join(format!("step-{later}"))).unwrap();
+            }
+        };
+        halted(&copy);
+        let resumed = Session::resume(open(), &copy, &Progress::hidden()).unwrap().run().unwrap();
+        assert_eq!(losses(&resumed.run), losses(&whole.run));
+        assert!(last(&resumed.run) == last(&whole.run));
+        fs::remove_dir_all(&copy).unwrap();
+        halted(&copy);
+        let resumed = Session::resume(Cpu, &copy, &Progress::hidden()).unwrap().run().unwrap();
+        for (f, e) in losses(&resumed.run).iter().zip(losses(&whole.run)) {
+            assert!((f / e - 1.0).abs() < 0.01, "{f} instead of {e}");
+        }
+    }
+}
