@@ -24,7 +24,7 @@ struct Mutation {
     says: &'static str,
 }
 
-const MUTATIONS: [Mutation; 23] = [
+const MUTATIONS: [Mutation; 26] = [
     Mutation {
         what: "a wrong stride",
         file: "rope.cu",
@@ -175,6 +175,30 @@ const MUTATIONS: [Mutation; 23] = [
         from: "x = sum; //",
         to: "//",
         test: "rms_norm_forward_and_backward",
+        says: "instead of",
+    },
+    Mutation {
+        what: "a digit that is one too large",
+        file: "prune.cu",
+        from: "skip >= select->count[digit])",
+        to: "skip + 1 >= select->count[digit])",
+        test: "pruning_keeps_what_the_cpu_keeps",
+        says: "instead of",
+    },
+    Mutation {
+        what: "counts that are not cleared",
+        file: "prune.cu",
+        from: "    count[threadIdx.x] = 0;\n    __syncthreads();\n    // What",
+        to: "    // What",
+        test: "pruning_keeps_what_the_cpu_keeps",
+        says: "instead of",
+    },
+    Mutation {
+        what: "no barrier before counts are added up",
+        file: "prune.cu",
+        from: "1u);\n    }\n    __syncthreads();",
+        to: "1u);\n    }",
+        test: "pruning_keeps_what_the_cpu_keeps",
         says: "instead of",
     },
     Mutation {

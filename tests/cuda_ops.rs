@@ -7,7 +7,7 @@ mod common;
 
 use common::cuda_double::cuda;
 use relora_kit::ops::{
-    AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, RopeShape, Rounding,
+    AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, Pruning, RopeShape, Rounding,
 };
 
 /// Values in (-1, 1), the same for the same `seed`.
@@ -427,6 +427,25 @@ fn cross_entropy_of_some_rows() {
     let (mut logits, mut losses) = (device.upload(&values), device.zeros(1));
     device.cross_entropy(300, 0, 1, &device.upload_tokens(&[3]), &mut logits, &mut losses, None);
     assert!(device.read(&losses)[0].is_nan());
+}
+
+#[test]
+fn pruning_keeps_what_the_cpu_keeps() {
+    let ties = |n: usize| (0..n).map(|i| ((i * 7919 % 13) as f32 - 6.0) / 3.0).collect::<Vec<f32>>();
+    for n in LENGTHS {
+        for values in [noise(1, n).iter().map(|x| x * x * x).collect(), ties(n), vec![0.5; n]] {
+            let magnitude = |ratio| [true, false].map(|joint| Pruning::Magnitude { ratio, joint });
+            let magnitudes = [0.1, 0.5, 0.9, 0.999].map(magnitude);
+            let others = [Pruning::Zero, Pruning::Random { ratio: 0.7, key: 0xfeed_beef_1234_5678 }];
+            for how in magnitudes.as_flattened().iter().chain(&others) {
+                twins!(format!("{n} {how:?}"), 0.0, |device| {
+                    let (mut m, mut v) = (device.upload(&values), device.upload(&noise(2, n)));
+                    device.prune(*how, &mut m, &mut v);
+                    vec![("m", device.read(&m)), ("v", device.read(&v))]
+                });
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally, adamw, attention,
-    cross_entropy, dropout, elementwise, embedding, matmul, rms_norm, rope, round, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, RopeShape, Rounding, Tally, adamw,
+    attention, cross_entropy, dropout, elementwise, embedding, matmul, prune, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -212,6 +212,10 @@ impl Device for Cpu {
 
     fn sum(&self, x: &Vec<f32>) -> f64 {
         elementwise::sum(x)
+    }
+
+    fn prune(&self, how: Pruning, m: &mut Vec<f32>, v: &mut Vec<f32>) {
+        prune::prune(how, m, v);
     }
 
     fn tally(&self) -> Tally {

@@ -35,6 +35,23 @@ impl Dropout {
     }
 }
 
+impl Dropout {
+    /// 0 where dropped; the others stay.
+    pub(super) fn zero(self, x: &mut [f32]) {
+        x.par_chunks_mut(BLOCK).enumerate().for_each(|(i, x)| zero_block(self, i * BLOCK, x));
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn zero_block(dropout: Dropout, first: usize, x: &mut [f32]) {
+    for (run, x) in x.chunks_mut(RUN).enumerate() {
+        let bits = run_bits(first / RUN + run, dropout.key);
+        for (x, bits) in x.iter_mut().zip(bits.as_flattened()) {
+            *x = if *bits >= dropout.threshold() { *x } else { 0.0 };
+        }
+    }
+}
+
 /// As many elements as x and y both have.
 pub fn forward(dropout: Dropout, x: &[f32], y: &mut [f32]) {
     let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).enumerate();

@@ -24,6 +24,7 @@ mod math;
 mod matmul;
 mod philox;
 mod profiled;
+mod prune;
 mod rms_norm;
 mod rope;
 mod round;
@@ -40,6 +41,7 @@ pub use cuda::{
 pub use dropout::Dropout;
 pub use matmul::{Factor, Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};
+pub use prune::Pruning;
 pub use rope::RopeShape;
 pub use round::Rounding;
 pub use tally::Tally;
@@ -228,6 +230,9 @@ pub trait Device: Send + Sync {
     );
     /// `sum x`, in f64; the order of the sum depends on the length alone.
     fn sum(&self, x: &Self::Buffer) -> f64;
+
+    /// Treats the moments m and v of one tensor as a restart does.
+    fn prune(&self, how: Pruning, m: &mut Self::Buffer, v: &mut Self::Buffer);
 
     /// A tally of nothing.
     fn tally(&self) -> Self::Tally;

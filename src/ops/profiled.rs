@@ -1,7 +1,9 @@
 //! A device that notes how long each operation of another one takes. It waits for each, so that a device that works while
 //! the host goes on is timed, too.
 
-use super::{AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally};
+use super::{
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, RopeShape, Rounding, Tally,
+};
 use crate::error::Result;
 use serde::Serialize;
 use std::{
@@ -341,6 +343,10 @@ impl<D: Device> Device for Profiled<D> {
 
     fn sum(&self, x: &D::Buffer) -> f64 {
         self.time("sum", |d| d.sum(x))
+    }
+
+    fn prune(&self, how: Pruning, m: &mut D::Buffer, v: &mut D::Buffer) {
+        self.time("prune", |d| d.prune(how, m, v));
     }
 
     fn tally(&self) -> D::Tally {

@@ -2,7 +2,7 @@
 
 use super::{
     config::{ReloraConfig, TrainConfig},
-    prune::prune_moments,
+    prune::pruning,
     tokens::mix,
 };
 use crate::{
@@ -84,10 +84,9 @@ impl<D: Device> Optimizer<D> {
                 continue;
             }
             let Some(moments) = self.moments.get_mut(&param.name) else { continue };
-            let (mut m, mut v) = (device.read(&moments.m), device.read(&moments.v));
-            prune_moments(config, &mut m, &mut v, mix(seed ^ mix(i as u64)));
-            device.write(&mut moments.m, &m);
-            device.write(&mut moments.v, &v);
+            if let Some(how) = pruning(config, mix(seed ^ mix(i as u64))) {
+                device.prune(how, &mut moments.m, &mut moments.v);
+            }
             if config.reset_adam_step {
                 moments.t = 0;
             }

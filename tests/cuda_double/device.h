@@ -93,4 +93,17 @@ static inline float __fadd_rn(float x, float y) {
     return x + y;
 }
 
+// Threads are fibers of one thread.
+static inline unsigned atomicAdd(unsigned* to, unsigned x) {
+    unsigned before = *to;
+    *to += x;
+    return before;
+}
+
+static inline unsigned atomicMin(unsigned* to, unsigned x) {
+    unsigned before = *to;
+    if (x < *to) *to = x;
+    return before;
+}
+
 using std::min;

@@ -5,17 +5,24 @@ use super::{
     blas::{Alpha, Matrix, Product},
     blocks,
     buffer::{CudaBuffer, CudaTally, CudaTokens, width},
+    memory::Memory,
     typed,
 };
 use crate::{
     error::Result,
-    ops::{AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, RopeShape, Rounding, Tally},
+    ops::{
+        AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, RopeShape, Rounding, Tally,
+        prune,
+    },
 };
 use half::bf16;
 use std::collections::BTreeMap;
 
 /// Rows that one thread adds up in the gradient of a norm's weight: `ROWS` of rms_norm.cu.
 const NORM_ROWS: usize = 64;
+
+/// Words of `struct Select` of prune.cu.
+const SELECT: usize = 4 + 256;
 
 /// Blocks that sum a buffer, each a part of it.
 const PARTS: u32 = 1024;
@@ -416,6 +423,30 @@ impl Device for Cuda {
         self.launch(typed!("cross_entropy", logits.element), [rows as u32, 1, 1], 0, &args);
     }
 
+    fn prune(&self, how: Pruning, m: &mut CudaBuffer, v: &mut CudaBuffer) {
+        assert_eq!(m.len, v.len, "prune: lengths");
+        only_f32("prune", &[m, v]);
+        let n = m.len;
+        match how {
+            Pruning::Zero => [m, v].into_iter().for_each(|x| self.fill(x, 0.0)),
+            Pruning::Random { ratio, key } => {
+                let args =
+                    [(&m).into(), (&v).into(), n.into(), key.into(), prune::chance(ratio, key).threshold().into()];
+                self.launch_each("prune_random", n, &args);
+            }
+            Pruning::Magnitude { ratio, joint } => {
+                let (by_m, fraction) = self.select_size(m, ratio);
+                if joint {
+                    self.prune_below(v, m, &by_m, fraction);
+                } else {
+                    let (by_v, fraction) = self.select_size(v, ratio);
+                    self.prune_below(v, v, &by_v, fraction);
+                }
+                self.prune_below(m, m, &by_m, fraction);
+            }
+        }
+    }
+
     fn tally(&self) -> CudaTally {
         let mut memory = self.allocate(6);
         self.attempt(|_| memory.fill(0));
@@ -460,6 +491,26 @@ impl Device for Cuda {
 }
 
 impl Cuda {
+    /// The element whose size is a quantile's lower neighbour, as prune.cu keeps it, and how far on the quantile lies.
+    fn select_size(&self, x: &CudaBuffer, ratio: f64) -> (Memory, f64) {
+        let (below, fraction) = prune::position(ratio, x.len);
+        let mut select = self.allocate(SELECT);
+        let mut start = [0u32; SELECT];
+        start[1] = below as u32;
+        self.attempt(|_| select.write(&start));
+        for shift in [24u32, 16, 8, 0] {
+            self.launch_each("select_count", x.len, &[x.into(), x.len.into(), shift.into(), (&select).into()]);
+            self.launch("select_digit", [1; 3], 0, &[shift.into(), (&select).into()]);
+        }
+        self.launch_each("select_above", x.len, &[x.into(), x.len.into(), (&select).into()]);
+        (select, fraction)
+    }
+
+    /// `x = 0` where `by` is not above the quantile.
+    fn prune_below(&self, x: &CudaBuffer, by: &CudaBuffer, select: &Memory, fraction: f64) {
+        self.launch_each("prune_below", x.len, &[x.into(), by.into(), x.len.into(), select.into(), fraction.into()]);
+    }
+
     fn rope(&self, shape: RopeShape, cos: &CudaBuffer, sin: &CudaBuffer, x: &mut CudaBuffer, direction: f32) {
         let RopeShape { batch, len, heads, head_dim } = shape;
         let half = head_dim / 2;
