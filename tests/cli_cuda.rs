@@ -262,7 +262,7 @@ fn compiled_kernels_are_kept_and_damaged_ones_made_anew() {
     workshop.trains("first", &steps, &environment);
     let kernels = cache.join("relora-kit/kernels");
     let names = entries(&kernels);
-    assert_eq!(names.len(), 13, "{names:?}");
+    assert_eq!(names.len(), 14, "{names:?}");
     for name in &names {
         let mut bytes = fs::read(kernels.join(name)).unwrap();
         let middle = bytes.len() / 2;

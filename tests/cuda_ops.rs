@@ -7,7 +7,8 @@ mod common;
 
 use common::cuda_double::cuda;
 use relora_kit::ops::{
-    AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, Pruning, RopeShape, Rounding,
+    AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, Pruning, Quantisation,
+    RopeShape, Rounding, Scales,
 };
 
 /// Values in (-1, 1), the same for the same `seed`.
@@ -427,6 +428,38 @@ fn cross_entropy_of_some_rows() {
     let (mut logits, mut losses) = (device.upload(&values), device.zeros(1));
     device.cross_entropy(300, 0, 1, &device.upload_tokens(&[3]), &mut logits, &mut losses, None);
     assert!(device.read(&losses)[0].is_nan());
+}
+
+#[test]
+fn few_bits_are_the_cpus_bits() {
+    for (rows, cols) in [(1, 1), (3, 64), (151, 127), (70, 300)] {
+        for how in [Quantisation::Nf4 { double: false }, Quantisation::Nf4 { double: true }, Quantisation::Int8] {
+            for element in ELEMENTS {
+                let mut values = noise(1, rows * cols);
+                values.iter_mut().take(64).for_each(|x| *x = 0.0);
+                // In bf16 the values are rounded once more.
+                let tolerance = if element == Element::F32 { 0.0 } else { rounded(element, 0.0) };
+                twins!(format!("{rows} x {cols} {how:?} {element:?}"), tolerance, |device| {
+                    let quantised = device.quantise(how, rows, cols, &device.upload(&values));
+                    let parts = device.read_quantised(&quantised);
+                    let again = device.upload_quantised(&parts);
+                    let mut y = upload_as(device, element, noise(2, rows * cols));
+                    device.dequantise(&quantised, &mut y);
+                    let mut z = upload_as(device, element, noise(3, rows * cols));
+                    device.dequantise(&again, &mut z);
+                    assert_eq!(device.read(&y), device.read(&z));
+                    let codes = parts.codes.iter().map(|c| f32::from(*c)).collect();
+                    let scales = match parts.scales {
+                        Scales::F32(scales) => scales,
+                        Scales::Double { codes, nested, offset } => {
+                            codes.iter().map(|c| f32::from(*c)).chain(nested).chain([offset]).collect()
+                        }
+                    };
+                    vec![("codes", codes), ("scales", scales), ("values", device.read(&y))]
+                });
+            }
+        }
+    }
 }
 
 #[test]

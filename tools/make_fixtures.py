@@ -15,6 +15,7 @@ from pathlib import Path
 
 import convert_fixtures
 import numpy as np
+import quantised_fixtures
 import tokenizer_fixtures
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -46,6 +47,7 @@ def main():
     schedules()
     convert_fixtures.make(OUT)
     tokenizer_fixtures.make(OUT, TEXT)
+    quantised_fixtures.make(OUT)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

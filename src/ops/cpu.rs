@@ -1,8 +1,9 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, RopeShape, Rounding, Tally, adamw,
-    attention, cross_entropy, dropout, elementwise, embedding, matmul, prune, rms_norm, rope, round, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised, RopeShape,
+    Rounding, Tally, adamw, attention, cross_entropy, dropout, elementwise, embedding, matmul, prune, quantise,
+    rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -14,6 +15,7 @@ pub struct Cpu;
 impl Device for Cpu {
     type Buffer = Vec<f32>;
     type Tokens = Vec<u32>;
+    type Quantised = Quantised;
     type Tally = Tally;
 
     fn zeros_of(&self, _element: Element, len: usize) -> Vec<f32> {
@@ -212,6 +214,22 @@ impl Device for Cpu {
 
     fn sum(&self, x: &Vec<f32>) -> f64 {
         elementwise::sum(x)
+    }
+
+    fn quantise(&self, how: Quantisation, rows: usize, cols: usize, x: &Vec<f32>) -> Quantised {
+        quantise::quantise(how, rows, cols, x)
+    }
+
+    fn dequantise(&self, x: &Quantised, y: &mut Vec<f32>) {
+        quantise::dequantise(x, y);
+    }
+
+    fn upload_quantised(&self, x: &Quantised) -> Quantised {
+        x.clone()
+    }
+
+    fn read_quantised(&self, x: &Quantised) -> Quantised {
+        x.clone()
     }
 
     fn prune(&self, how: Pruning, m: &mut Vec<f32>, v: &mut Vec<f32>) {

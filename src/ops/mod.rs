@@ -25,6 +25,7 @@ mod matmul;
 mod philox;
 mod profiled;
 mod prune;
+mod quantise;
 mod rms_norm;
 mod rope;
 mod round;
@@ -42,6 +43,7 @@ pub use dropout::Dropout;
 pub use matmul::{Factor, Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};
 pub use prune::Pruning;
+pub use quantise::{LARGEST_GAP, Quantisation, Quantised, Scales};
 pub use rope::RopeShape;
 pub use round::Rounding;
 pub use tally::Tally;
@@ -64,6 +66,8 @@ pub trait Device: Send + Sync {
     type Buffer: Send + Sync + 'static;
     /// u32 elements on the device: token ids.
     type Tokens: Send + Sync;
+    /// A [`Quantised`] matrix on the device.
+    type Quantised: Send + Sync;
     /// A [`Tally`] on the device.
     type Tally: Send + Sync;
 
@@ -230,6 +234,15 @@ pub trait Device: Send + Sync {
     );
     /// `sum x`, in f64; the order of the sum depends on the length alone.
     fn sum(&self, x: &Self::Buffer) -> f64;
+
+    /// Quantises the row-major f32 matrix x (rows, cols).
+    fn quantise(&self, how: Quantisation, rows: usize, cols: usize, x: &Self::Buffer) -> Self::Quantised;
+    /// The values of a quantised matrix, row by row; y is f32 or bf16.
+    fn dequantise(&self, x: &Self::Quantised, y: &mut Self::Buffer);
+    /// A quantised matrix from the host.
+    fn upload_quantised(&self, x: &Quantised) -> Self::Quantised;
+    /// A quantised matrix, to the host.
+    fn read_quantised(&self, x: &Self::Quantised) -> Quantised;
 
     /// Treats the moments m and v of one tensor as a restart does.
     fn prune(&self, how: Pruning, m: &mut Self::Buffer, v: &mut Self::Buffer);

@@ -2,7 +2,8 @@
 //! the host goes on is timed, too.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, RopeShape, Rounding, Tally,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised, RopeShape,
+    Rounding, Tally,
 };
 use crate::error::Result;
 use serde::Serialize;
@@ -129,6 +130,7 @@ impl<D: Device> Profiled<D> {
 impl<D: Device> Device for Profiled<D> {
     type Buffer = D::Buffer;
     type Tokens = D::Tokens;
+    type Quantised = D::Quantised;
     type Tally = D::Tally;
 
     fn zeros_of(&self, element: Element, len: usize) -> D::Buffer {
@@ -343,6 +345,22 @@ impl<D: Device> Device for Profiled<D> {
 
     fn sum(&self, x: &D::Buffer) -> f64 {
         self.time("sum", |d| d.sum(x))
+    }
+
+    fn quantise(&self, how: Quantisation, rows: usize, cols: usize, x: &D::Buffer) -> D::Quantised {
+        self.time("quantise", |d| d.quantise(how, rows, cols, x))
+    }
+
+    fn dequantise(&self, x: &D::Quantised, y: &mut D::Buffer) {
+        self.time("dequantise", |d| d.dequantise(x, y));
+    }
+
+    fn upload_quantised(&self, x: &Quantised) -> D::Quantised {
+        self.time("upload", |d| d.upload_quantised(x))
+    }
+
+    fn read_quantised(&self, x: &D::Quantised) -> Quantised {
+        self.time("download", |d| d.read_quantised(x))
     }
 
     fn prune(&self, how: Pruning, m: &mut D::Buffer, v: &mut D::Buffer) {

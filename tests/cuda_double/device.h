@@ -93,6 +93,10 @@ static inline float __fadd_rn(float x, float y) {
     return x + y;
 }
 
+static inline float __fdiv_rn(float x, float y) {
+    return x / y;
+}
+
 // Threads are fibers of one thread.
 static inline unsigned atomicAdd(unsigned* to, unsigned x) {
     unsigned before = *to;

@@ -46,7 +46,7 @@ macro_rules! source {
     };
 }
 
-const SOURCES: [Source; 13] = [
+const SOURCES: [Source; 14] = [
     source!("adamw.cu": "adamw";),
     source!("attention.cu": ; "attention_forward_32", "attention_forward_16", "attention_delta",
         "attention_backward_q_32", "attention_backward_q_16", "attention_backward_q_8",
@@ -57,6 +57,8 @@ const SOURCES: [Source; 13] = [
         "tanh_backward"; "dot_parts"),
     source!("embedding.cu": ; "embedding_forward", "embedding_backward"),
     source!("prune.cu": "prune_random", "select_count", "select_digit", "select_above", "prune_below";),
+    source!("quantise.cu": "quantise_scales", "quantise_nf4", "quantise_int8", "quantise_nested", "dequantise_nested";
+        "dequantise_nf4", "dequantise_int8"),
     source!("rms_norm.cu": "rms_norm_dweight"; "rms_norm_forward", "add_rms_norm_forward", "rms_norm_backward",
         "rms_norm_dweight_parts"),
     source!("rope.cu": ; "rope"),

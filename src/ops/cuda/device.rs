@@ -6,13 +6,14 @@ use super::{
     blocks,
     buffer::{CudaBuffer, CudaTally, CudaTokens, width},
     memory::Memory,
+    quantise::CudaQuantised,
     typed,
 };
 use crate::{
     error::Result,
     ops::{
-        AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, RopeShape, Rounding, Tally,
-        prune,
+        AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised,
+        RopeShape, Rounding, Tally, prune,
     },
 };
 use half::bf16;
@@ -35,11 +36,15 @@ impl Cuda {
 
     /// Adds `scale` times the parts that `kernel` makes of `buffers`, all of one length, in f64, to the number at `total`.
     fn add_up(&self, kernel: &'static str, buffers: &[&CudaBuffer], scale: f64, total: Arg) {
-        let parts = self.allocate(2 * PARTS as usize);
         let len = buffers.first().map_or(0, |b| b.len);
+        self.add_up_raw(kernel, buffers.iter().map(|b| Arg::from(*b)).collect(), len, scale, total);
+    }
+
+    /// [`Cuda::add_up`] of what lies at these addresses.
+    pub(super) fn add_up_raw(&self, kernel: &'static str, mut args: Vec<Arg>, len: usize, scale: f64, total: Arg) {
+        let parts = self.allocate(2 * PARTS as usize);
         // Several elements per thread, so that the sum within a block is not most of the work.
         let count = blocks(len.div_ceil(8)).min(PARTS);
-        let mut args: Vec<Arg> = buffers.iter().map(|b| Arg::from(*b)).collect();
         args.extend([len.into(), (&parts).into()]);
         self.launch(kernel, [count, 1, 1], 0, &args);
         if count > 0 {
@@ -60,6 +65,7 @@ impl Cuda {
 impl Device for Cuda {
     type Buffer = CudaBuffer;
     type Tokens = CudaTokens;
+    type Quantised = CudaQuantised;
     type Tally = CudaTally;
 
     fn zeros_of(&self, element: Element, len: usize) -> CudaBuffer {
@@ -421,6 +427,22 @@ impl Device for Cuda {
         ];
         only_f32("cross_entropy", &[losses]);
         self.launch(typed!("cross_entropy", logits.element), [rows as u32, 1, 1], 0, &args);
+    }
+
+    fn quantise(&self, how: Quantisation, rows: usize, cols: usize, x: &CudaBuffer) -> CudaQuantised {
+        self.quantise_matrix(how, rows, cols, x)
+    }
+
+    fn dequantise(&self, x: &CudaQuantised, y: &mut CudaBuffer) {
+        self.dequantise_matrix(x, y);
+    }
+
+    fn upload_quantised(&self, x: &Quantised) -> CudaQuantised {
+        self.upload_matrix(x)
+    }
+
+    fn read_quantised(&self, x: &CudaQuantised) -> Quantised {
+        self.download_matrix(x)
     }
 
     fn prune(&self, how: Pruning, m: &mut CudaBuffer, v: &mut CudaBuffer) {

@@ -15,6 +15,7 @@ mod libraries;
 mod memory;
 mod nccl;
 mod products;
+mod quantise;
 mod solver;
 
 use crate::{
@@ -22,6 +23,7 @@ use crate::{
     ops::Element,
 };
 use blas::Blas;
+use buffer::CudaBuffer;
 use compile::Kernels;
 use cudarc::driver::sys;
 use driver::Gpu;
@@ -29,7 +31,7 @@ use memory::Memory;
 use std::{
     ffi::c_void,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 pub use libraries::FOLDERS_VARIABLE;
@@ -63,6 +65,8 @@ struct Inner {
     kernels: Kernels,
     blas: Blas,
     failure: Mutex<Option<Error>>,
+    /// Numbers that quantised weights may be, once they are needed.
+    tables: OnceLock<CudaBuffer>,
 }
 
 /// Which GPU, and where its things are.
@@ -92,7 +96,7 @@ impl Cuda {
         let gpu = Arc::new(Gpu::open(options.ordinal)?);
         let kernels = Kernels::load(&gpu, options.cache.as_deref())?;
         let blas = Blas::open(&gpu)?;
-        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure: Mutex::new(None) })))
+        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure: Mutex::new(None), tables: OnceLock::new() })))
     }
 
     /// The GPU's name, as NVIDIA sells it.
