@@ -38,6 +38,9 @@ pub struct Manifest {
     /// Whether merged weights were rounded by chance (bf16), so that they may be off by a whole unit in the last place.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stochastic_rounding: bool,
+    /// Whether merged weights were quantised, `nf4` or `int8`, and are stored as the values that this left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantised: Option<String>,
     /// Training data: path, and sha256 of the token shard.
     pub data: BTreeMap<String, Hashed>,
     /// The checkpoint the first cycle started from; absent before the first cycle starts and in `full` mode.

@@ -28,7 +28,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("inspect", &["adapter", "checkpoint", "delta"]),
     ("merge", &["adapter", "checkpoint", "delta", "ops"]),
     ("spectrum", &["adapter", "checkpoint", "delta", "ops", "run"]),
-    ("verify", &["adapter", "checkpoint", "delta", "run", "spectrum"]),
+    ("verify", &["adapter", "checkpoint", "delta", "ops", "run", "spectrum"]),
     ("ops", &[]),
     ("collective", &["ops"]),
     ("model", &["ops", "adapter", "checkpoint"]),

@@ -7,7 +7,7 @@
 
 use super::{
     config::LlamaConfig,
-    linear::{Linear, LoraScratch, Pass, Scaling},
+    linear::{Linear, LinearScratch, Needs, Pass, Scaling},
     params::{Layout, Param, TARGETS},
     pool::Pool,
     product::Product,
@@ -97,13 +97,13 @@ impl Block {
         self.linears.iter().any(|l| params[l.weight].trainable && params[l.weight].grad.is_none())
     }
 
-    /// `(out, in)` of the low-rank layers, and how they are computed.
-    pub fn low_rank<D: Device>(&self, params: &[Param<D>]) -> Vec<(usize, usize, Product)> {
-        let dims = self.linears.iter().filter_map(|l| {
+    /// What its layers need of the scratch.
+    pub fn needs<D: Device>(&self, params: &[Param<D>]) -> [Needs; TARGETS.len()] {
+        self.linears.map(|l| {
             let (out, inner) = l.dims(params);
-            Some((out, inner, l.lora?.product))
-        });
-        dims.collect()
+            let quantised = params[l.weight].quantised.is_some();
+            Needs { out, inner, product: l.lora.map(|f| f.product), quantised }
+        })
     }
 }
 
@@ -173,7 +173,7 @@ pub(super) struct Scratch<D: Device> {
     pub wide: D::Buffer,
     /// Gradient of the attention's output (N, H D), unless it has the extents of `dh` and lies there.
     d_o: Option<D::Buffer>,
-    lora: Option<LoraScratch<D>>,
+    linear: LinearScratch<D>,
 }
 
 impl<D: Device> Scratch<D> {
@@ -184,7 +184,7 @@ impl<D: Device> Scratch<D> {
         element: Element,
         rows: usize,
         logits: usize,
-        lora: Option<LoraScratch<D>>,
+        linear: LinearScratch<D>,
     ) -> Self {
         let q = config.num_attention_heads * config.head_dim;
         let buffer = |width: usize| device.zeros_of(element, rows * width);
@@ -194,7 +194,7 @@ impl<D: Device> Scratch<D> {
             dx: buffer(config.hidden_size),
             wide: device.zeros_of(element, logits.max(rows * config.intermediate_size)),
             d_o: (q != config.hidden_size).then(|| buffer(q)),
-            lora,
+            linear,
         }
     }
 }
@@ -214,28 +214,28 @@ pub(super) fn forward<D: Device>(
 ) {
     let pass = shape.pass();
     let Saved { rstd, q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, dh: branch, wide: act, lora, .. } = scratch;
+    let Scratch { h, dh: branch, wide: act, linear, .. } = scratch;
     let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = block.linears;
     let [q_xa, k_xa, v_xa, o_xa, gate_xa, up_xa, down_xa] = xa.each_mut().map(Option::as_mut);
 
-    q_proj.forward(device, params, pass, h, q_xa, lora.as_mut(), q);
-    k_proj.forward(device, params, pass, h, k_xa, lora.as_mut(), k);
-    v_proj.forward(device, params, pass, h, v_xa, lora.as_mut(), v);
+    q_proj.forward(device, params, pass, h, q_xa, linear, q);
+    k_proj.forward(device, params, pass, h, k_xa, linear, k);
+    v_proj.forward(device, params, pass, h, v_xa, linear, v);
     device.rope_forward(shape.rope(shape.attention.heads), &shape.cos, &shape.sin, q);
     device.rope_forward(shape.rope(shape.attention.kv_heads), &shape.cos, &shape.sin, k);
     device.attention_forward(shape.attention, q, k, v, o, lse);
-    o_proj.forward(device, params, pass, o, o_xa, lora.as_mut(), branch);
+    o_proj.forward(device, params, pass, o, o_xa, linear, branch);
 
     let norm = &params[block.mlp_norm].value;
     device.add_rms_norm_forward(x, branch, middle, norm, shape.eps, h, rstd);
-    gate_proj.forward(device, params, pass, h, gate_xa, lora.as_mut(), gate);
-    up_proj.forward(device, params, pass, h, up_xa, lora.as_mut(), up);
+    gate_proj.forward(device, params, pass, h, gate_xa, linear, gate);
+    up_proj.forward(device, params, pass, h, up_xa, linear, up);
     if output {
         device.swiglu_forward(gate, up, act);
-        down_proj.forward(device, params, pass, act, down_xa, lora.as_mut(), branch);
+        down_proj.forward(device, params, pass, act, down_xa, linear, branch);
     } else if down_xa.is_some() {
         device.swiglu_forward(gate, up, act);
-        down_proj.project_again(device, params, pass, act, down_xa, lora.as_mut());
+        down_proj.project_again(device, params, pass, act, down_xa, linear);
     }
 }
 
@@ -246,7 +246,7 @@ struct Linears<'a, D: Device> {
     pass: Pass,
     linears: [Linear; TARGETS.len()],
     xa: &'a [Option<D::Buffer>; TARGETS.len()],
-    lora: Option<&'a mut LoraScratch<D>>,
+    scratch: &'a mut LinearScratch<D>,
 }
 
 impl<D: Device> Linears<'_, D> {
@@ -257,12 +257,12 @@ impl<D: Device> Linears<'_, D> {
 
     fn weight_gradients(&mut self, which: usize, x: &D::Buffer, dy: &D::Buffer) {
         let (linear, xa) = (self.linears[which], self.xa[which].as_ref());
-        linear.weight_gradients(self.device, self.params, self.pass, x, xa, self.lora.as_deref_mut(), dy);
+        linear.weight_gradients(self.device, self.params, self.pass, x, xa, self.scratch, dy);
     }
 
     fn input_gradient(&mut self, which: usize, dy: &D::Buffer, beta: f32, dx: &mut D::Buffer) {
         let linear = self.linears[which];
-        linear.input_gradient(self.device, self.params, self.pass, self.lora.as_deref_mut(), dy, beta, dx);
+        linear.input_gradient(self.device, self.params, self.pass, self.scratch, dy, beta, dx);
     }
 
     fn norm_backward(&mut self, norm: usize, x: &D::Buffer, rstd: &D::Buffer, dy: &D::Buffer, dx: &mut D::Buffer) {
@@ -284,9 +284,9 @@ pub(super) fn backward<D: Device>(
     scratch: &mut Scratch<D>,
 ) {
     let Saved { rstd: rstd_mlp, q, k, v, o, lse, middle, gate, up, xa } = saved;
-    let Scratch { h, dh, dx, wide, d_o, lora } = scratch;
+    let Scratch { h, dh, dx, wide, d_o, linear } = scratch;
     let linears = block.linears;
-    let mut linears = Linears { device, params, pass: shape.pass(), linears, xa, lora: lora.as_mut() };
+    let mut linears = Linears { device, params, pass: shape.pass(), linears, xa, scratch: linear };
 
     device.swiglu_forward(gate, up, wide);
     linears.weight_gradients(6, wide, dx);

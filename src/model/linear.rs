@@ -55,45 +55,49 @@ impl Pass {
     }
 }
 
-/// Buffers that all low-rank layers share: nothing in them outlives one call.
-pub(super) struct LoraScratch<D: Device> {
+/// Buffers that all layers share: nothing in them outlives one call.
+pub(super) struct LinearScratch<D: Device> {
     /// `x Aᵀ` where it is not kept, (N, r).
     xa: D::Buffer,
     /// `dy B` (N, r).
     dyb: D::Buffer,
     /// `drop(x)`, or the gradient of it, (N, widest in); empty without dropout.
     dropped: D::Buffer,
-    /// `W + s B A`, by number of elements.
+    /// `W + s B A`, or W where it is quantised, by number of elements.
     formed: Vec<D::Buffer>,
     /// The gradient of a whole weight, by number of elements.
     whole_gradient: Vec<D::Buffer>,
 }
 
-impl<D: Device> LoraScratch<D> {
-    /// For these layers; `dims` are their `(out, in)`, all of rank r.
-    pub fn new(
-        device: &D,
-        element: Element,
-        dims: &[(usize, usize, Product)],
-        rows: usize,
-        r: usize,
-        dropout: bool,
-    ) -> Self {
-        let buffers = |needed: &dyn Fn(Product) -> bool| {
-            let mut lengths: Vec<usize> =
-                dims.iter().filter(|(.., product)| needed(*product)).map(|(out, inner, _)| out * inner).collect();
+/// What a layer needs of the scratch.
+#[derive(Clone, Copy)]
+pub(super) struct Needs {
+    pub out: usize,
+    pub inner: usize,
+    /// How its factors are multiplied, if it has some.
+    pub product: Option<Product>,
+    pub quantised: bool,
+}
+
+impl<D: Device> LinearScratch<D> {
+    /// For these layers, all of rank r.
+    pub fn new(device: &D, element: Element, layers: &[Needs], rows: usize, r: usize, dropout: bool) -> Self {
+        let buffers = |needed: &dyn Fn(&Needs) -> bool| {
+            let mut lengths: Vec<usize> = layers.iter().filter(|n| needed(n)).map(|n| n.out * n.inner).collect();
             lengths.sort_unstable();
             lengths.dedup();
             lengths.into_iter().map(|len| device.zeros_of(element, len)).collect::<Vec<_>>()
         };
-        let widest = dims.iter().map(|(_, inner, _)| *inner).max().unwrap_or(0);
-        let thin = dims.iter().any(|(.., p)| *p != Product::WholeGradient);
-        LoraScratch {
-            xa: device.zeros_of(element, if thin { rows * r } else { 0 }),
-            dyb: device.zeros_of(element, if thin { rows * r } else { 0 }),
+        let widest = layers.iter().map(|n| n.inner).max().unwrap_or(0);
+        let is_thin = |n: &Needs| n.product.is_some_and(|p| p != Product::WholeGradient);
+        let thin = if layers.iter().any(is_thin) { rows * r } else { 0 };
+        let forms = |n: &Needs| n.quantised || n.product.is_some_and(|p| p != Product::Factored);
+        LinearScratch {
+            xa: device.zeros_of(element, thin),
+            dyb: device.zeros_of(element, thin),
             dropped: device.zeros_of(element, if dropout { rows * widest } else { 0 }),
-            formed: buffers(&|p| p != Product::Factored),
-            whole_gradient: buffers(&|p| p == Product::WholeGradient),
+            formed: buffers(&forms),
+            whole_gradient: buffers(&|n| n.product == Some(Product::WholeGradient)),
         }
     }
 }
@@ -118,28 +122,45 @@ impl Linear {
         pass: Pass,
         x: &D::Buffer,
         xa: Option<&mut D::Buffer>,
-        scratch: Option<&mut LoraScratch<D>>,
+        scratch: &mut LinearScratch<D>,
         y: &mut D::Buffer,
     ) {
         let ((out, inner), rows) = (self.dims(params), pass.rows);
-        let through = |weight: &D::Buffer, y: &mut D::Buffer| {
-            let (x, weight) = (Mat::new(x, rows, inner), Mat::new(weight, out, inner));
-            device.matmul(1.0, x, weight.t(), 0.0, MatMut::new(y, rows, out));
-        };
-        let weight = params[self.weight].operand();
-        let Some((factors, scratch)) = self.lora.zip(scratch) else { return through(weight, y) };
-        if factors.product != Product::Factored {
-            let formed = of_length(device, &mut scratch.formed, out * inner);
-            self.form(device, params, factors, formed);
-            return through(formed, y);
-        }
-        through(weight, y);
-        let Some(xa) = xa else { return };
+        let LinearScratch { formed, dropped, .. } = scratch;
+        let weight = Mat::new(self.weight(device, params, formed), out, inner);
+        device.matmul(1.0, Mat::new(x, rows, inner), weight.t(), 0.0, MatMut::new(y, rows, out));
+        let Some((factors, xa)) = self.factored().zip(xa) else { return };
         let r = params[factors.a].shape[0];
-        self.project(device, params, pass, x, &mut scratch.dropped, xa);
+        self.project(device, params, pass, x, dropped, xa);
         let b = Mat::new(params[factors.b].operand(), out, r);
         let scaling = factors.scaling.factor(params);
         device.matmul(scaling, Mat::new(xa, rows, r), b.t(), 1.0, MatMut::new(y, rows, out));
+    }
+
+    /// The factors, if they are multiplied apart from the weight.
+    fn factored(&self) -> Option<Factors> {
+        self.lora.filter(|f| f.product == Product::Factored)
+    }
+
+    /// What x is multiplied with: W, or `W + s B A`. One of `formed` holds it, if it is not there as it is.
+    fn weight<'a, D: Device>(&self, device: &D, params: &'a [Param<D>], formed: &'a mut [D::Buffer]) -> &'a D::Buffer {
+        let w = &params[self.weight];
+        let with_factors = self.lora.filter(|f| f.product != Product::Factored);
+        if with_factors.is_none() && w.quantised.is_none() {
+            return w.operand();
+        }
+        let (out, inner) = self.dims(params);
+        let formed = of_length(device, formed, out * inner);
+        match &w.quantised {
+            Some(quantised) => device.dequantise(quantised, formed),
+            None => device.copy(w.operand(), formed),
+        }
+        if let Some(factors) = with_factors {
+            let [a, b] = [factors.a, factors.b].map(|at| &params[at]);
+            let (b, a) = (Mat::new(b.operand(), b.shape[0], b.shape[1]), Mat::new(a.operand(), a.shape[0], a.shape[1]));
+            device.matmul(factors.scaling.factor(params), b, a, 1.0, MatMut::new(formed, out, inner));
+        }
+        formed
     }
 
     /// `xa = drop(x) Aᵀ`.
@@ -173,19 +194,11 @@ impl Linear {
         pass: Pass,
         x: &D::Buffer,
         xa: Option<&mut D::Buffer>,
-        scratch: Option<&mut LoraScratch<D>>,
+        scratch: &mut LinearScratch<D>,
     ) {
-        if let (Some(xa), Some(scratch)) = (xa, scratch) {
+        if let Some(xa) = xa {
             self.project(device, params, pass, x, &mut scratch.dropped, xa);
         }
-    }
-
-    /// `formed = W + s B A`.
-    fn form<D: Device>(&self, device: &D, params: &[Param<D>], factors: Factors, formed: &mut D::Buffer) {
-        let [w, a, b] = [self.weight, factors.a, factors.b].map(|at| &params[at]);
-        device.copy(w.operand(), formed);
-        let (b, a) = (Mat::new(b.operand(), b.shape[0], b.shape[1]), Mat::new(a.operand(), a.shape[0], a.shape[1]));
-        device.matmul(factors.scaling.factor(params), b, a, 1.0, MatMut::new(formed, w.shape[0], w.shape[1]));
     }
 
     /// What trains of W, A, B and s gets its gradient added. `xa` is what forward kept.
@@ -197,7 +210,7 @@ impl Linear {
         pass: Pass,
         x: &D::Buffer,
         xa: Option<&D::Buffer>,
-        scratch: Option<&mut LoraScratch<D>>,
+        scratch: &mut LinearScratch<D>,
         dy: &D::Buffer,
     ) {
         let ((out, inner), rows) = (self.dims(params), pass.rows);
@@ -205,9 +218,9 @@ impl Linear {
             let (x, dy) = (Mat::new(x, rows, inner), Mat::new(dy, rows, out));
             device.matmul(1.0, dy.t(), x, 1.0, MatMut::new(dw, out, inner));
         }
-        let Some((factors, scratch)) = self.lora.zip(scratch) else { return };
+        let Some(factors) = self.lora else { return };
         let low_rank = LowRank { device, linear: self, factors, pass, x, dy };
-        let LoraScratch { xa: projected, dyb, dropped, whole_gradient, .. } = scratch;
+        let LinearScratch { xa: projected, dyb, dropped, whole_gradient, .. } = scratch;
         match (factors.product, xa) {
             (Product::WholeGradient, _) => {
                 low_rank.gradients_from_whole(params, of_length(device, whole_gradient, out * inner));
@@ -228,32 +241,23 @@ impl Linear {
         device: &D,
         params: &[Param<D>],
         pass: Pass,
-        scratch: Option<&mut LoraScratch<D>>,
+        scratch: &mut LinearScratch<D>,
         dy: &D::Buffer,
         beta: f32,
         dx: &mut D::Buffer,
     ) {
         let ((out, inner), rows) = (self.dims(params), pass.rows);
-        let through = |weight: &D::Buffer, dx: &mut D::Buffer| {
-            let (dy, weight) = (Mat::new(dy, rows, out), Mat::new(weight, out, inner));
-            device.matmul(1.0, dy, weight, beta, MatMut::new(dx, rows, inner));
-        };
-        let Some((factors, scratch)) = self.lora.zip(scratch) else {
-            return through(params[self.weight].operand(), dx);
-        };
-        if factors.product != Product::Factored {
-            let formed = of_length(device, &mut scratch.formed, out * inner);
-            self.form(device, params, factors, formed);
-            return through(formed, dx);
-        }
-        through(params[self.weight].operand(), dx);
+        let LinearScratch { formed, dyb, dropped, .. } = scratch;
+        let weight = Mat::new(self.weight(device, params, formed), out, inner);
+        device.matmul(1.0, Mat::new(dy, rows, out), weight, beta, MatMut::new(dx, rows, inner));
+        let Some(factors) = self.factored() else { return };
         let (r, scaling) = (params[factors.a].shape[0], factors.scaling.factor(params));
-        let (dyb, a) = (Mat::new(&scratch.dyb, rows, r), Mat::new(params[factors.a].operand(), r, inner));
+        let (dyb, a) = (Mat::new(dyb, rows, r), Mat::new(params[factors.a].operand(), r, inner));
         match pass.dropout_of(self.weight) {
             None => device.matmul(scaling, dyb, a, 1.0, MatMut::new(dx, rows, inner)),
             Some(dropout) => {
-                device.matmul(scaling, dyb, a, 0.0, MatMut::new(&mut scratch.dropped, rows, inner));
-                device.dropout_backward(dropout, &scratch.dropped, dx);
+                device.matmul(scaling, dyb, a, 0.0, MatMut::new(dropped, rows, inner));
+                device.dropout_backward(dropout, dropped, dx);
             }
         }
     }
@@ -380,8 +384,8 @@ mod tests {
         let scaling = if tanh { Scaling::Tanh(3) } else { Scaling::Fixed(params[3].value[0]) };
         let linear = Linear { weight: 0, lora: Some(Factors { a: 1, b: 2, scaling, product }) };
         let pass = Pass { rows: ROWS, dropout };
-        let layers = [(OUT, INNER, product)];
-        let mut scratch = LoraScratch::new(&Cpu, Element::F32, &layers, ROWS, R, dropout.is_some());
+        let layers = [Needs { out: OUT, inner: INNER, product: Some(product), quantised: false }];
+        let mut scratch = LinearScratch::new(&Cpu, Element::F32, &layers, ROWS, R, dropout.is_some());
         let (x, dy, mut y) = (noise(1, ROWS * INNER), noise(2, ROWS * OUT), noise(3, ROWS * OUT));
         let (mut dx, mut xa) = (noise(4, ROWS * INNER), vec![0.0; ROWS * R]);
         let mut mask = vec![1.0; ROWS * INNER];
@@ -397,11 +401,11 @@ mod tests {
         let expected_y = reference(&x64, &values, &mask, tanh);
         let expected_dx = add(&dx, 0.5, gradient(&x64, |x| dot(&reference(x, &values, &mask, tanh), &dy64)));
 
-        linear.forward(&Cpu, &params, pass, &x, Some(&mut xa), Some(&mut scratch), &mut y);
+        linear.forward(&Cpu, &params, pass, &x, Some(&mut xa), &mut scratch, &mut y);
         assert_close(&format!("{what} y"), &y, &expected_y, 1e-6);
         let kept = (product == Product::Factored).then_some(&xa);
-        linear.weight_gradients(&Cpu, &mut params, pass, &x, kept, Some(&mut scratch), &dy);
-        linear.input_gradient(&Cpu, &params, pass, Some(&mut scratch), &dy, 0.5, &mut dx);
+        linear.weight_gradients(&Cpu, &mut params, pass, &x, kept, &mut scratch, &dy);
+        linear.input_gradient(&Cpu, &params, pass, &mut scratch, &dy, 0.5, &mut dx);
         assert_close(&format!("{what} dx"), &dx, &expected_dx, 1e-6);
         for at in 1..if tanh { 4 } else { 3 } {
             let loss = |value: &[f64]| {

@@ -6,7 +6,7 @@
 use super::{
     Model,
     block::{self, Block, Saved, Scratch, Shape},
-    linear::LoraScratch,
+    linear::{LinearScratch, Needs},
     params::Param,
 };
 use crate::{
@@ -50,10 +50,9 @@ impl<D: Device> Workspace<D> {
         let linears = |i| std::array::from_fn(|which| model.linear(i, which, rows));
         let blocks: Vec<Block> = (0..config.num_hidden_layers).map(|i| Block::new(layout, i, linears(i))).collect();
         let chunk = logits_chunk(config.vocab_size, rows);
-        let lora = lora.as_ref().map(|spec| {
-            let dims = blocks.first().map(|b| b.low_rank(params)).unwrap_or_default();
-            LoraScratch::new(device, element, &dims, rows, spec.r, spec.dropout > 0.0)
-        });
+        let needs: Vec<Needs> = blocks.first().into_iter().flat_map(|b| b.needs(params)).collect();
+        let (r, dropout) = lora.as_ref().map_or((0, false), |spec| (spec.r, spec.dropout > 0.0));
+        let linear = LinearScratch::new(device, element, &needs, rows, r, dropout);
         let kept = if *activation_checkpointing { 1.min(blocks.len()) } else { blocks.len() };
         Workspace {
             shape: Shape::new(device, config, batch, len),
@@ -61,7 +60,7 @@ impl<D: Device> Workspace<D> {
             rstd: (0..=blocks.len()).map(|_| device.zeros(rows)).collect(),
             saved: (0..kept).map(|_| None).collect(),
             blocks,
-            scratch: Scratch::new(device, config, element, rows, chunk * config.vocab_size, lora),
+            scratch: Scratch::new(device, config, element, rows, chunk * config.vocab_size, linear),
             chunk,
             losses: device.zeros(rows),
         }

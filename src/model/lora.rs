@@ -128,14 +128,15 @@ impl<D: Device> Model<D> {
 
     /// Rounds the projections, to be frozen, to what `store` can be, to the nearest.
     pub fn store_projections(&mut self, store: Store) {
-        let device = &self.device;
-        for param in self.params.iter_mut().filter(|p| p.kind == ParamKind::Linear && p.store != store) {
-            device.round_to_bf16(Rounding::Nearest, &mut param.value);
-            let mut value = device.zeros_of(self.element, param.elements());
-            device.copy(&param.value, &mut value);
-            (param.value, param.store) = (value, store);
+        let Model { device, params, element, .. } = self;
+        for param in params.iter_mut().filter(|p| p.kind == ParamKind::Linear && p.store != store) {
+            let mut values = device.zeros(param.elements());
+            param.read(device, &mut values);
+            param.keep(device, store, *element, Rounding::Nearest, &mut values);
         }
         self.changed = true;
+        // It holds buffers for what is quantised.
+        self.drop_workspace();
     }
 
     /// `W += s B A` for every target, in f32. The factors stay as they are.
@@ -149,21 +150,29 @@ impl<D: Device> Model<D> {
         self.changed = true;
     }
 
-    /// As [`Model::merge_lora`] into weights that bf16 holds, `rounding(i)` for the i-th parameter. Returns the retention:
-    /// the share of the delta that survived, `<dW, round(W + dW) - W> / |dW|²` over all targets; 1 if there is no delta.
+    /// As [`Model::merge_lora`] into weights that are rounded: to bf16, `rounding(i)` for the i-th parameter, or quantised anew.
+    /// Returns the retention: the share of the delta that survived, `<dW, round(W + dW) - W> / |dW|²` over all targets; 1 if
+    /// there is no delta.
     pub fn merge_lora_rounded(&mut self, rounding: impl Fn(usize) -> Rounding) -> f64 {
         let (mut kept, mut whole) = (0.0, 0.0);
         for at in self.targets() {
             let new = || self.device.zeros(self.params[at].elements());
             let (mut before, mut merged, mut delta) = (new(), new(), new());
-            self.device.copy(&self.params[at].value, &mut before);
+            self.params[at].read(&self.device, &mut before);
             self.device.copy(&before, &mut merged);
             self.add_delta(at, &mut merged);
-            let device = &self.device;
+            let Model { device, params, element, .. } = self;
             device.copy(&merged, &mut delta);
             device.axpy(-1.0, &before, &mut delta);
-            device.round_to_bf16(rounding(at), &mut merged);
-            device.copy(&merged, &mut self.params[at].value);
+            let param = &mut params[at];
+            match param.store {
+                // Weights in f32 that are rounded all the same.
+                Store::F32 => {
+                    device.round_to_bf16(rounding(at), &mut merged);
+                    device.copy(&merged, &mut param.value);
+                }
+                store => param.keep(device, store, *element, rounding(at), &mut merged),
+            }
             device.axpy(-1.0, &before, &mut merged);
             kept += device.dot(&delta, &merged);
             whole += device.sum_of_squares(&delta);

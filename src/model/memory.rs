@@ -5,7 +5,7 @@ use super::{
     linear::extents,
     llama::logits_chunk,
     lora::LoraSpec,
-    params::{ParamKind, TARGETS, table},
+    params::{ParamKind, Store, TARGETS, table},
     pool::best_fit,
     product::Product,
 };
@@ -18,6 +18,8 @@ pub struct Elements {
     pub weights: u64,
     /// Of these, what trains.
     pub trained: u64,
+    /// Bytes of what is frozen.
+    pub frozen_bytes: u64,
     /// Copies of what trains that products read.
     pub copies: u64,
     /// Gradients of what trains, but those that lie where activations were.
@@ -44,12 +46,11 @@ pub struct Bytes {
 }
 
 impl Elements {
-    /// Everything in f32; with mixed precision, frozen weights, copies and activations in bf16.
+    /// What trains in f32, and so the rest; with mixed precision, copies and activations in bf16.
     pub fn bytes(&self, mixed: bool) -> Bytes {
         let narrow = if mixed { 2 } else { 4 };
-        let frozen = self.weights - self.trained;
         Bytes {
-            weights: 4 * self.trained + narrow * (frozen + self.copies),
+            weights: 4 * self.trained + self.frozen_bytes + narrow * self.copies,
             gradients: 4 * self.gradients,
             optimiser: 4 * self.moments,
             activations: narrow * self.activations + 4 * self.statistics,
@@ -70,11 +71,13 @@ pub struct Passes {
     pub activation_checkpointing: bool,
     /// See [`super::Model::set_mixed_precision`].
     pub mixed_precision: bool,
+    /// What frozen projections may be.
+    pub frozen: Store,
 }
 
 /// Elements of a training. With `lora`, the projections are frozen.
 pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> Elements {
-    let (mut weights, mut trained, mut copies) = (0, 0, 0);
+    let (mut weights, mut trained, mut copies, mut frozen_bytes) = (0, 0, 0, 0);
     let tied = config.tie_word_embeddings;
     for (_, kind, shape) in table(config) {
         let size = shape.iter().product::<usize>();
@@ -84,6 +87,12 @@ pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -
             let multiplied =
                 matches!(kind, ParamKind::Linear | ParamKind::Head) || (kind == ParamKind::Embedding && tied);
             copies += if multiplied { size } else { 0 };
+        } else {
+            frozen_bytes += match passes.frozen {
+                Store::Quantised(how) => how.bytes(shape[0], shape[1]),
+                Store::Bf16 if passes.mixed_precision => 2 * size,
+                _ => 4 * size,
+            };
         }
     }
     if let Some(spec) = lora {
@@ -97,13 +106,13 @@ pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -
     let lent = if lora.is_none() { lent(config, passes) } else { 0 };
     let (activations, statistics) = activations(config, lora, passes);
     let [weights, trained, copies, lent] = [weights, trained, copies, lent].map(|n| n as u64);
-    let gradients = trained - lent;
-    Elements { weights, trained, copies, gradients, moments: 2 * trained, activations, statistics }
+    let (gradients, frozen_bytes) = (trained - lent, frozen_bytes as u64);
+    Elements { weights, trained, frozen_bytes, copies, gradients, moments: 2 * trained, activations, statistics }
 }
 
 /// Floating-point operations of one forward and backward, per token: products only, attention counted causally.
 pub fn flops_per_token(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> f64 {
-    let (rows, len, exact) = (passes.batch * passes.len, passes.len, !passes.mixed_precision);
+    let (rows, len, exact) = (passes.batch * passes.len, passes.len, passes.frozen == Store::F32);
     let block: u64 = linears(config)
         .into_iter()
         .map(|dims| match lora {
@@ -174,7 +183,7 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) ->
     }
     if let Some(spec) = lora {
         let dims = linears(config);
-        let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec, !passes.mixed_precision)));
+        let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec, passes.frozen == Store::F32)));
         let distinct = |needed: &dyn Fn(Product) -> bool| {
             let mut lengths: Vec<usize> = ways.iter().filter(|w| needed(w.1)).map(|w| w.0).collect();
             lengths.sort_unstable();
@@ -182,7 +191,8 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) ->
             lengths.iter().sum::<usize>()
         };
         kept += n * spec.r * ways.iter().filter(|w| w.1 == Product::Factored).count();
-        scratch += distinct(&|p| p != Product::Factored) + distinct(&|p| p == Product::WholeGradient);
+        let quantised = matches!(passes.frozen, Store::Quantised(_));
+        scratch += distinct(&|p| quantised || p != Product::Factored) + distinct(&|p| p == Product::WholeGradient);
         if ways.iter().any(|w| w.1 != Product::WholeGradient) {
             scratch += 2 * n * spec.r;
         }
@@ -231,7 +241,14 @@ mod tests {
             (all + p.elements() as u64, trained + if p.trainable { p.elements() as u64 } else { 0 })
         });
         let what = format!("{lora:?} {accumulation} {activation_checkpointing}");
-        let passes = Passes { batch: 8, len: 9, accumulation, activation_checkpointing, mixed_precision: false };
+        let passes = Passes {
+            batch: 8,
+            len: 9,
+            accumulation,
+            activation_checkpointing,
+            mixed_precision: false,
+            frozen: Store::F32,
+        };
         let found = elements(&config, lora.as_ref(), passes);
         assert_eq!((found.weights, found.trained), (weights, trained), "{what}");
         let all = found.weights + found.gradients + found.activations + found.statistics;
@@ -264,8 +281,14 @@ mod tests {
 
     #[test]
     fn low_rank_training_saves_operations_where_matrices_are_wide() {
-        let passes =
-            Passes { batch: 8, len: 256, accumulation: 1, activation_checkpointing: false, mixed_precision: false };
+        let passes = Passes {
+            batch: 8,
+            len: 256,
+            accumulation: 1,
+            activation_checkpointing: false,
+            mixed_precision: false,
+            frozen: Store::F32,
+        };
         let ratio = |name: &str| {
             let config = LlamaConfig::preset(name).unwrap();
             let spec = LoraSpec::new(128, 32.0);

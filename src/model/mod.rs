@@ -62,9 +62,18 @@ impl<D: Device> Model<D> {
     /// The model in a Hugging Face folder (or a `.safetensors` file beside its `config.json`), as f32. Names and shapes
     /// must match both ways and all values be finite. Everything is trainable.
     pub fn load(device: D, checkpoint: &Checkpoint) -> Result<Self> {
+        Self::load_kept(device, checkpoint, Store::F32, false)
+    }
+
+    /// [`Model::load`] with projections that are to be frozen, rounded to what `store` can be as they are read, and with or
+    /// without [`Model::set_mixed_precision`].
+    pub fn load_kept(device: D, checkpoint: &Checkpoint, store: Store, mixed_precision: bool) -> Result<Self> {
         let config = LlamaConfig::from_json(&params::config_path(checkpoint))?;
-        let params = params::load(&device, &config, checkpoint)?;
-        Ok(Self::assemble(device, config, params, 0))
+        let element = activations(&device, mixed_precision);
+        let params = params::load(&device, &config, checkpoint, (store, element))?;
+        let mut model = Self::assemble(device, config, params, 0);
+        model.element = element;
+        Ok(model)
     }
 
     fn assemble(device: D, config: LlamaConfig, params: Vec<Param<D>>, seed: u64) -> Self {
@@ -115,8 +124,7 @@ impl<D: Device> Model<D> {
     /// Whether activations are bf16 and products multiply bf16, with sums in f32. Values that train stay what they are, as
     /// master copies, and so do gradients. On a device that has no bf16, nothing changes.
     pub fn set_mixed_precision(&mut self, on: bool) {
-        let narrow = on && self.device.width(Element::Bf16) < self.device.width(Element::F32);
-        self.element = if narrow { Element::Bf16 } else { Element::F32 };
+        self.element = activations(&self.device, on);
         self.changed = true;
         self.drop_workspace();
     }
@@ -179,6 +187,12 @@ impl<D: Device> Model<D> {
         self.workspace = None;
         self.pool.clear();
     }
+}
+
+/// What activations are with or without mixed precision.
+fn activations<D: Device>(device: &D, mixed_precision: bool) -> Element {
+    let narrow = device.width(Element::Bf16) < device.width(Element::F32);
+    if mixed_precision && narrow { Element::Bf16 } else { Element::F32 }
 }
 
 #[cfg(test)]

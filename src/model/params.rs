@@ -11,9 +11,9 @@ use crate::{
     checkpoint::{Checkpoint, EMBEDDING_NAME, HEAD_NAME, Tensor},
     error::{Error, Result},
     interrupt,
-    ops::{Device, Element},
+    ops::{Device, Element, Quantisation, Quantised, Rounding},
 };
-use std::{collections::HashSet, path::PathBuf};
+use std::{borrow::Cow, collections::HashSet, path::PathBuf};
 
 /// What a parameter is for. Decides how it starts and which of them train.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub enum Store {
     F32,
     /// bfloat16.
     Bf16,
+    /// A few bits each.
+    Quantised(Quantisation),
 }
 
 /// One named tensor, and its gradient while it trains.
@@ -60,10 +62,12 @@ pub struct Param<D: Device> {
     pub shape: Vec<usize>,
     /// Whether it has a gradient.
     pub trainable: bool,
-    /// The values; f32, but for frozen ones in bf16 on a device that has it.
+    /// The values; f32, but for frozen ones in bf16 on a device that has it. Empty, if they are quantised.
     pub value: D::Buffer,
     /// What they may be.
     pub store: Store,
+    /// The values, if they are quantised.
+    pub(super) quantised: Option<D::Quantised>,
     /// A bf16 copy that products read: see [`super::Model::set_mixed_precision`].
     pub(super) working: Option<D::Buffer>,
     /// Accumulated gradient, if `trainable`. That of a projection is there from a backward until [`super::Model::zero_grad`].
@@ -72,7 +76,17 @@ pub struct Param<D: Device> {
 
 impl<D: Device> Param<D> {
     pub(super) fn new(name: String, kind: ParamKind, shape: Vec<usize>, value: D::Buffer) -> Self {
-        Param { name, kind, shape, trainable: false, value, store: Store::F32, working: None, grad: None }
+        Param {
+            name,
+            kind,
+            shape,
+            trainable: false,
+            value,
+            store: Store::F32,
+            quantised: None,
+            working: None,
+            grad: None,
+        }
     }
 
     /// What products read.
@@ -86,6 +100,62 @@ impl<D: Device> Param<D> {
             (true, None) if self.kind != ParamKind::Linear => self.grad = Some(device.zeros(self.elements())),
             (false, _) => self.grad = None,
             _ => {}
+        }
+    }
+
+    /// The values, on the host.
+    pub fn values(&self, device: &D) -> Cow<'_, [f32]> {
+        if self.quantised.is_none() {
+            return device.view(&self.value);
+        }
+        let mut values = device.zeros(self.elements());
+        self.read(device, &mut values);
+        Cow::Owned(device.read(&values))
+    }
+
+    /// The values as they are kept, if they are quantised.
+    pub fn read_quantised(&self, device: &D) -> Option<Quantised> {
+        self.quantised.as_ref().map(|quantised| device.read_quantised(quantised))
+    }
+
+    /// Replaces quantised values by others that are kept in the same way.
+    pub fn write_quantised(&mut self, device: &D, values: &Quantised) {
+        assert_eq!(self.store, Store::Quantised(values.how), "quantised values take the place of their like");
+        self.quantised = Some(device.upload_quantised(values));
+    }
+
+    /// Copies the values to a buffer of f32 or bf16.
+    pub(super) fn read(&self, device: &D, to: &mut D::Buffer) {
+        match &self.quantised {
+            Some(quantised) => device.dequantise(quantised, to),
+            None => device.copy(&self.value, to),
+        }
+    }
+
+    /// Replaces the values by others that `store` can be: `values` (f32) are rounded first, and hold what was kept. bf16 is in
+    /// buffers of these elements.
+    pub(super) fn keep(
+        &mut self,
+        device: &D,
+        store: Store,
+        element: Element,
+        rounding: Rounding,
+        values: &mut D::Buffer,
+    ) {
+        self.store = store;
+        match store {
+            Store::F32 => device.copy(values, &mut self.value),
+            Store::Bf16 => {
+                device.round_to_bf16(rounding, values);
+                self.value = device.zeros_of(element, self.elements());
+                device.copy(values, &mut self.value);
+            }
+            Store::Quantised(how) => {
+                let quantised = device.quantise(how, self.shape[0], self.shape[1], values);
+                device.dequantise(&quantised, values);
+                self.quantised = Some(quantised);
+                self.value = device.zeros(0);
+            }
         }
     }
 
@@ -220,7 +290,13 @@ pub(super) fn config_path(checkpoint: &Checkpoint) -> PathBuf {
     folder.map(|f| f.join("config.json")).unwrap_or_else(|| "config.json".into())
 }
 
-pub(super) fn load<D: Device>(device: &D, config: &LlamaConfig, checkpoint: &Checkpoint) -> Result<Vec<Param<D>>> {
+/// The parameters in a checkpoint; the projections as `keep` says, so that a large model never exists as a whole in f32.
+pub(super) fn load<D: Device>(
+    device: &D,
+    config: &LlamaConfig,
+    checkpoint: &Checkpoint,
+    (store, element): (Store, Element),
+) -> Result<Vec<Param<D>>> {
     let table = table(config);
     check_names(config, checkpoint, &table)?;
     let mut params = Vec::with_capacity(table.len());
@@ -243,7 +319,14 @@ pub(super) fn load<D: Device>(device: &D, config: &LlamaConfig, checkpoint: &Che
             ))
             .help("a model with such weights cannot be trained or evaluated; look at it with `relora-kit inspect --stats`"));
         }
-        params.push(Param::new(name, kind, shape, device.upload(&values)));
+        let mut value = device.upload(&values);
+        if kind != ParamKind::Linear || store == Store::F32 {
+            params.push(Param::new(name, kind, shape, value));
+            continue;
+        }
+        let mut param = Param::new(name, kind, shape, device.zeros(0));
+        param.keep(device, store, element, Rounding::Nearest, &mut value);
+        params.push(param);
     }
     Ok(params)
 }

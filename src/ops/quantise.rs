@@ -76,6 +76,11 @@ impl Quantisation {
         if self == Quantisation::Int8 { cols } else { BLOCK }
     }
 
+    /// `nf4` or `int8`.
+    pub fn name(self) -> &'static str {
+        if self == Quantisation::Int8 { "int8" } else { "nf4" }
+    }
+
     /// Bytes of a matrix.
     pub fn bytes(self, rows: usize, cols: usize) -> usize {
         let (n, scales) = (rows * cols, (rows * cols).div_ceil(self.block(cols)));
@@ -100,6 +105,23 @@ pub struct Quantised {
     pub codes: Vec<u8>,
     /// What the codes are multiplied with.
     pub scales: Scales,
+}
+
+impl Quantised {
+    /// Whether there are as many codes and scales as a matrix of these extents has.
+    pub fn is_complete(&self) -> bool {
+        let n = self.rows * self.cols;
+        let blocks = n.div_ceil(self.how.block(self.cols));
+        let codes = if self.how == Quantisation::Int8 { n } else { n.div_ceil(2) };
+        let scales = match (&self.scales, self.how) {
+            (Scales::Double { codes, nested, .. }, Quantisation::Nf4 { double: true }) => {
+                codes.len() == blocks && nested.len() == blocks.div_ceil(NESTED)
+            }
+            (Scales::F32(scales), Quantisation::Int8 | Quantisation::Nf4 { double: false }) => scales.len() == blocks,
+            _ => false,
+        };
+        self.codes.len() == codes && scales
+    }
 }
 
 /// The largest size of each block.

@@ -85,7 +85,8 @@ impl Report for Plan {
         ];
         let mut table = Table::new(title, &header);
         for n in &self.needs {
-            let full = self.needs.iter().find(|f| f.model == n.model && f.mode == Mode::Full && f.dtype == n.dtype);
+            let dtype = if n.dtype == "4bit" { "bf16" } else { n.dtype };
+            let full = self.needs.iter().find(|f| f.model == n.model && f.mode == Mode::Full && f.dtype == dtype);
             table.row(vec![
                 n.model.clone(),
                 format!("{:?}", n.mode).to_lowercase(),
@@ -111,7 +112,8 @@ impl Report for Plan {
             remarks.push(format!("The configured run will need {} at its peak.{spare}", bytes(peak)));
         }
         remarks.push(
-            "This program trains in f32; bf16 is for comparison: moments in f32, everything else in bf16.".into(),
+            "bf16: train.mixed_precision on a GPU; 4bit: relora.quantize besides. What trains, gradients and moments are f32."
+                .into(),
         );
         remarks
     }

@@ -1,14 +1,14 @@
 //! What a run is made of: its first model, its data, and their hashes.
 
 use super::{
-    config::Config,
+    config::{Config, MixedPrecision, Mode},
     tokens::{TokenShard, Windows},
     trainer::Trainer,
 };
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
-    model::{LlamaConfig, Model},
+    model::{LlamaConfig, Model, Store},
     ops::Device,
     progress::Progress,
     run::{Hashed, sha256_file},
@@ -20,7 +20,11 @@ use std::{collections::BTreeMap, fs};
 pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Model<D>> {
     let m = &config.model;
     if let Some(path) = m.checkpoint.as_ref().or(m.warmed_up_model.as_ref()) {
-        return Model::load(device, &Checkpoint::open(path)?);
+        // Where nothing trains the projections first, they are read as they will be frozen.
+        let frozen = config.train.mode != Mode::Full && config.warm_start.is_none();
+        let store = if frozen { config.frozen_store() } else { Store::F32 };
+        let mixed = config.train.mixed_precision == MixedPrecision::Bf16;
+        return Model::load_kept(device, &Checkpoint::open(path)?, store, mixed);
     }
     Model::init(device, architecture(config)?, config.train.seed)
 }

@@ -12,6 +12,7 @@ pub mod optim;
 pub mod phase;
 pub mod plan;
 pub mod prune;
+mod quantised;
 pub mod schedule;
 pub mod session;
 pub mod state;

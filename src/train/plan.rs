@@ -6,8 +6,8 @@ use super::{
 };
 use crate::{
     error::Result,
-    model::{LlamaConfig, LoraSpec, memory},
-    ops::{AttentionShape, Cpu, Device, Element},
+    model::{LlamaConfig, LoraSpec, Store, memory},
+    ops::{AttentionShape, Cpu, Device, Element, Quantisation},
 };
 use serde::Serialize;
 
@@ -18,7 +18,7 @@ pub struct Needs {
     pub model: String,
     /// What is trained.
     pub mode: Mode,
-    /// `f32`, or `bf16` for `train.mixed_precision = "bf16"` on a GPU.
+    /// `f32`; `bf16` for `train.mixed_precision = "bf16"` on a GPU; `4bit` for `relora.quantize = "4bit"` besides.
     pub dtype: &'static str,
     /// Parameters in all, LoRA factors included.
     pub parameters: u64,
@@ -84,7 +84,7 @@ fn peak<D: Device>(device: &D, config: &Config) -> Result<u64> {
     let llama = architecture(config)?;
     let bf16 = config.train.mixed_precision == MixedPrecision::Bf16;
     let mixed_precision = bf16 && device.width(Element::Bf16) < device.width(Element::F32);
-    let passes = memory::Passes { mixed_precision, ..passes(config) };
+    let passes = memory::Passes { mixed_precision, frozen: config.frozen_store(), ..passes(config) };
     let part = |lora: Option<&LoraSpec>| {
         let memory::Bytes { weights, gradients, optimiser, activations } =
             memory::elements(&llama, lora, passes).bytes(mixed_precision);
@@ -103,7 +103,7 @@ fn peak<D: Device>(device: &D, config: &Config) -> Result<u64> {
     let element = if mixed_precision { Element::Bf16 } else { Element::F32 };
     // A merge that rounds has the weight three times more for a while: before, after, and the difference.
     let widest = (llama.num_attention_heads * llama.head_dim).max(llama.intermediate_size) * llama.hidden_size;
-    let merge = if spec.is_some() && config.train.rounds_merges() { 12 * widest as u64 } else { 0 };
+    let merge = if spec.is_some() && config.rounds_merges() { 12 * widest as u64 } else { 0 };
     Ok(all + merge + device.overhead(&shape, element))
 }
 
@@ -114,6 +114,7 @@ fn passes(config: &Config) -> memory::Passes {
         accumulation: config.train.gradient_accumulation,
         activation_checkpointing: config.train.activation_checkpointing,
         mixed_precision: false,
+        frozen: Store::F32,
     }
 }
 
@@ -138,7 +139,12 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
     let process = Cpu.overhead(&AttentionShape { batch: 0, len: 0, heads: 0, kv_heads: 1, head_dim: 0 }, Element::F32);
     let needs = |name: &str, llama: &LlamaConfig, mode, dtype| {
         let lora = (mode != Mode::Full).then_some(&spec);
-        let passes = memory::Passes { mixed_precision: dtype == "bf16", ..passes };
+        let (mixed_precision, frozen) = match dtype {
+            "f32" => (false, Store::F32),
+            "bf16" => (true, Store::Bf16),
+            _ => (true, Store::Quantised(Quantisation::Nf4 { double: true })),
+        };
+        let passes = memory::Passes { mixed_precision, frozen, ..passes };
         let e = memory::elements(llama, lora, passes);
         let memory::Bytes { weights, gradients, optimiser, activations } = e.bytes(passes.mixed_precision);
         Needs {
@@ -157,7 +163,10 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
     };
     let modes = [Mode::Full, Mode::Lora, Mode::Relora];
     let all = models.iter().flat_map(|(name, llama)| {
-        modes.iter().flat_map(move |&mode| ["f32", "bf16"].map(|dtype| needs(name, llama, mode, dtype)))
+        modes.iter().flat_map(move |&mode| {
+            let dtypes: &[&str] = if mode == Mode::Full { &["f32", "bf16"] } else { &["f32", "bf16", "4bit"] };
+            dtypes.iter().map(move |dtype| needs(name, llama, mode, dtype))
+        })
     });
     let configured_peak = if presets.is_empty() { Some(peak(&Cpu, config)?) } else { None };
     Ok(Plan {

@@ -2,7 +2,7 @@
 
 use super::{
     companions,
-    config::{Config, Mode, WeightRounding},
+    config::{Config, MixedPrecision, Mode, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, MergeRow, Metrics, UpdateRow},
@@ -15,7 +15,7 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     interrupt,
-    model::Model,
+    model::{Model, Store},
     ops::{Device, OperationTime},
     progress::Progress,
     run::{BaseRecord, CheckpointRecord, CycleRecord, Manifest, RunDir, sha256_folder},
@@ -95,7 +95,11 @@ impl<D: Device> Session<D> {
             mode: serde_name(&config.train.mode),
             seed: config.train.seed,
             first_step: config.model.warmed_up_steps.unwrap_or(0),
-            stochastic_rounding: config.train.rounds_merges() && config.train.rounding == WeightRounding::Stochastic,
+            stochastic_rounding: config.rounds_merges() && config.train.rounding == WeightRounding::Stochastic,
+            quantised: match config.frozen_store() {
+                Store::Quantised(how) => Some(how.name().into()),
+                _ => None,
+            },
             data: hash_data(&config)?,
             base: None,
             cycles: Vec::new(),
@@ -168,7 +172,9 @@ impl<D: Device> Session<D> {
         let trainer = match newest_sound_checkpoint(&dir, progress)? {
             None => Trainer::new(config.clone(), initial_model(device, &config)?, shard)?,
             Some(folder) => {
-                let model = Model::load(device, &Checkpoint::open(&folder)?)?;
+                let store = if state::is_low_rank(&folder)? { config.frozen_store() } else { Store::F32 };
+                let mixed = config.train.mixed_precision == MixedPrecision::Bf16;
+                let model = Model::load_kept(device, &Checkpoint::open(&folder)?, store, mixed)?;
                 let mut trainer = Trainer::new(config.clone(), model, shard)?;
                 state::restore(&mut trainer, &folder)?;
                 trainer
@@ -328,8 +334,7 @@ impl<D: Device> Session<D> {
         record.retention = Some(retention);
         let row = MergeRow { step: self.trainer.step, merged_cycle: record.cycle, retention };
         self.metrics.write(&row)?;
-        let line =
-            format!("cycle {}: {:.1}% of the delta survived rounding to bf16", row.merged_cycle, 100.0 * retention);
+        let line = format!("cycle {}: {:.1}% of the delta survived rounding", row.merged_cycle, 100.0 * retention);
         if retention < 0.9 {
             self.progress.warn(&line)
         } else {

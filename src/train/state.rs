@@ -4,11 +4,12 @@
 //! step-N/model.safetensors, config.json     the model with the current delta merged
 //! step-N/training_state/state.json          counters
 //! step-N/training_state/state.safetensors   exp_avg.NAME and exp_avg_sq.NAME; inside a cycle also param.NAME of the
-//!                                           frozen weights, A and B (the merged model has lost them)
+//!                                           frozen weights, A and B (the merged model has lost them), or codes.NAME,
+//!                                           scales.NAME, nested.NAME and offset.NAME of quantised ones
 //! step-N/training_state/sha256.json         hashes of all the above
 //! ```
 
-use super::{config::WeightDtype, optim::Moments, trainer::Trainer};
+use super::{config::WeightDtype, optim::Moments, quantised, trainer::Trainer};
 use crate::{
     adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
     checkpoint::{Checkpoint, Dtype, HEAD_NAME, TensorFile, TensorSpec, Writer},
@@ -52,7 +53,7 @@ pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, folder: &Path
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let writer = Writer::create(folder, &specs, 5_000_000_000, &metadata)?;
     for param in stored() {
-        let mut values = model.device().view(&param.value);
+        let mut values = param.values(model.device());
         if param.kind == ParamKind::Linear && model.lora().is_some() {
             add_delta(model, &param.name, &param.shape, values.to_mut());
         }
@@ -147,9 +148,13 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
     let json = serde_json::to_value(&counters).map_err(|e| Error::world(e.to_string()))?;
     write_json(&folder.join(COUNTERS), &json)?;
 
-    let mut tensors = Vec::new();
+    let (mut tensors, mut quantised) = (Vec::new(), Vec::new());
     for param in model.params() {
-        if model.lora().is_some() && !matches!(param.kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head) {
+        if let Some(values) = param.read_quantised(model.device()) {
+            quantised.extend(quantised::tensors(&param.name, values));
+        } else if model.lora().is_some()
+            && !matches!(param.kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head)
+        {
             let dtype = kept_as(param, trainer.config().train.dtype);
             tensors.push((format!("param.{}", param.name), dtype, &param.shape, &param.value));
         }
@@ -161,10 +166,14 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
     let specs: Vec<_> = tensors
         .iter()
         .map(|(name, dtype, shape, _)| TensorSpec { name: name.clone(), dtype: *dtype, shape: shape.to_vec() })
+        .chain(quantised.iter().map(|(spec, _)| spec.clone()))
         .collect();
     let writer = Writer::create_file(&folder.join(TENSORS), &specs, &BTreeMap::new())?;
     for (name, dtype, _, buffer) in &tensors {
         writer.write_f32(name, *dtype, &model.device().view(buffer))?;
+    }
+    for (spec, bytes) in &quantised {
+        writer.write(&spec.name, 0, bytes)?;
     }
     model.device().status()?;
     writer.finish()
@@ -198,13 +207,22 @@ pub fn check_seal(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+fn counters(folder: &Path) -> Result<Counters> {
+    let path = folder.join(STATE_FOLDER).join(COUNTERS);
+    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::request(format!("'{}' is not a training state: {e}", path.display())))
+}
+
+/// Whether the checkpoint in `folder` lies inside a cycle.
+pub fn is_low_rank(folder: &Path) -> Result<bool> {
+    Ok(counters(folder)?.low_rank)
+}
+
 /// Restores a fresh trainer, whose model was loaded from the checkpoint in `folder`, to the moment of saving.
 pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()> {
+    let counters = counters(folder)?;
     let folder = folder.join(STATE_FOLDER);
-    let path = folder.join(COUNTERS);
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    let counters: Counters = serde_json::from_slice(&bytes)
-        .map_err(|e| Error::request(format!("'{}' is not a training state: {e}", path.display())))?;
     if counters.low_rank {
         trainer.freeze_projections();
         trainer.start_cycles()?;
@@ -232,7 +250,10 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
             Ok(Some(tensor.to_f32()?.into_owned()))
         };
         let (value, m, v) = (read("param")?, read("exp_avg")?, read("exp_avg_sq")?);
-        if let Some(value) = value {
+        if let Store::Quantised(how) = param.store {
+            let values = quantised::read(&state, &param.name, how, [param.shape[0], param.shape[1]])?;
+            param.write_quantised(device, &values);
+        } else if let Some(value) = value {
             device.write(&mut param.value, &value);
         }
         if let (Some(m), Some(v)) = (m, v) {

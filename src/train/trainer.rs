@@ -167,8 +167,9 @@ impl<D: Device> Trainer<D> {
                 device.fill(&mut p.value, 0.0);
             }
         }
-        if self.config.train.mixed_precision == MixedPrecision::Bf16 {
-            self.model.store_projections(Store::Bf16);
+        let store = self.config.frozen_store();
+        if store != Store::F32 {
+            self.model.store_projections(store);
         }
     }
 
@@ -222,7 +223,7 @@ impl<D: Device> Trainer<D> {
     }
 
     fn merge(&mut self) -> Option<f64> {
-        if !self.config.train.rounds_merges() {
+        if !self.config.rounds_merges() {
             self.model.merge_lora();
             return None;
         }

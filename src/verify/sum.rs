@@ -7,7 +7,9 @@
 //! Numerical Algorithms", 2nd ed., section 3.1); `(|B| |A|)_ij` is at most the product of the norms of row i of B and
 //! column j of A (Cauchy-Schwarz). Adding it to the weight and storing the result in the checkpoint's dtype rounds
 //! once more, by at most `v |W_k|` with `v` the unit roundoff of that dtype (and half its smallest subnormal number);
-//! twice that where the run rounds by chance.
+//! twice that where the run rounds by chance. Where the run quantises the result, the rounding is half the largest gap between
+//! its numbers, times the largest size in the block that shares a scale (which may be off by what the bound is there); a scale
+//! in 8 bits is off by half of 0.9/64, times the largest of the scales around.
 //! The bound is the sum of these terms over all merges, times 1.01 for the products of roundings.
 
 use super::{Findings, Mismatch};
@@ -16,6 +18,7 @@ use crate::{
     checkpoint::{Checkpoint, Dtype, EMBEDDING_NAME, HEAD_NAME, Tensor, TensorFile, dtype},
     delta::LowRank,
     error::{Error, Result},
+    ops::LARGEST_GAP,
     progress::Progress,
     run::{Manifest, RunDir},
     spectrum::schedule::{self, Budget, Need},
@@ -85,8 +88,13 @@ pub(super) fn check(
         frozen = super::readable(state, "checkpoint inside a cycle", &mut findings)?;
     }
     let mut jobs = Vec::new();
-    let by_chance = manifest.stochastic_rounding;
-    collect(&base, &tuned, frozen.as_ref(), &cycles[..merged], by_chance, &mut jobs, &mut findings)?;
+    if let Some(how) = manifest.quantised.as_ref().filter(|_| frozen.is_some()) {
+        findings.detail = "nothing to compare".into();
+        findings.notes.push(format!("the newest checkpoint lies inside a cycle, whose frozen weights are {how}"));
+        return Ok((findings, Vec::new()));
+    }
+    let rounds = Rounds { by_chance: manifest.stochastic_rounding, quantised: manifest.quantised.as_deref() };
+    collect(&base, &tuned, frozen.as_ref(), &cycles[..merged], rounds, &mut jobs, &mut findings)?;
     // Between cycles nothing moves what the last one stored in full.
     if let Some(last) = cycles[..merged].last().filter(|_| record.step == last_merge) {
         compare_stored_in_full(last, &tuned, &mut findings)?;
@@ -142,8 +150,16 @@ struct Weight<'a> {
     deltas: Vec<(Module<'a>, bool)>,
     /// Whether the weight must equal the recomputed sum.
     adapted: bool,
-    /// Whether the run rounded merged weights by chance: by up to a unit in the last place instead of half of one.
+    rounds: Rounds<'a>,
+}
+
+/// How the run rounded merged weights.
+#[derive(Clone, Copy)]
+struct Rounds<'a> {
+    /// By chance: by up to a unit in the last place instead of half of one.
     by_chance: bool,
+    /// `nf4` or `int8`.
+    quantised: Option<&'a str>,
 }
 
 /// Pairs the tensors of both checkpoints with the deltas that were merged into them.
@@ -152,7 +168,7 @@ fn collect<'a>(
     tuned: &'a Checkpoint,
     frozen: Option<&'a TensorFile>,
     cycles: &'a [Adapter],
-    by_chance: bool,
+    rounds: Rounds<'a>,
     jobs: &mut Vec<Weight<'a>>,
     findings: &mut Findings,
 ) -> Result<()> {
@@ -190,7 +206,7 @@ fn collect<'a>(
         findings.expect(before.shape() == after.shape(), name, || {
             format!("its shape is {:?} in the base but {:?} in the checkpoint", before.shape(), after.shape())
         });
-        jobs.push(Weight { name, base: before, tuned: after, deltas, adapted, by_chance });
+        jobs.push(Weight { name, base: before, tuned: after, deltas, adapted, rounds });
     }
     Ok(())
 }
@@ -226,7 +242,7 @@ impl Weight<'_> {
             }
             deltas.push(delta);
         }
-        let rounding = Rounding::of(self.tuned.dtype(), self.by_chance)?;
+        let rounding = Rounding::of(self.tuned.dtype(), n, self.rounds)?;
         let mut worst = Worst::default();
         for first in (0..m).step_by(BLOCK) {
             self.compare_rows(first..m.min(first + BLOCK), n, &deltas, rounding, &mut worst)?;
@@ -271,9 +287,9 @@ impl Weight<'_> {
             merge.factors.rows(rows.clone(), delta.view_mut());
             for (at, d) in delta.iter().enumerate() {
                 sum[at] += d;
-                let product = merge.error * merge.row_norms[rows.start + at / n] * merge.column_norms[at % n];
-                bound[at] += product + rounding.relative * sum[at].abs() + rounding.absolute;
+                bound[at] += merge.error * merge.row_norms[rows.start + at / n] * merge.column_norms[at % n];
             }
+            rounding.add(&sum, &mut bound);
         }
         for (at, (&expected, &found)) in sum.iter().zip(&found).enumerate() {
             let (error, bound) = ((expected - found).abs(), 1.01 * bound[at]);
@@ -322,21 +338,52 @@ impl Merge {
     }
 }
 
-/// Largest error of storing a number: `relative * |x| + absolute`.
+/// Largest error of storing numbers.
 #[derive(Clone, Copy)]
-struct Rounding {
-    relative: f64,
-    absolute: f64,
+enum Rounding {
+    /// Each by itself: `relative * |x| + absolute`.
+    Float { relative: f64, absolute: f64 },
+    /// So many neighbours by the largest of them, times this share; and all by the largest of all, times the share `scales`.
+    Blocks { len: usize, share: f64, scales: f64 },
 }
 
 impl Rounding {
-    fn of(stored: Dtype, by_chance: bool) -> Result<Rounding> {
+    /// Of a matrix with `n` columns that is stored as `stored`.
+    fn of(stored: Dtype, n: usize, rounds: Rounds) -> Result<Rounding> {
+        match rounds.quantised {
+            Some("nf4") => return Ok(Rounding::Blocks { len: 64, share: LARGEST_GAP / 2.0, scales: 0.45 / 64.0 }),
+            Some("int8") => return Ok(Rounding::Blocks { len: n, share: 0.5 / 127.0, scales: 0.0 }),
+            Some(other) => {
+                return Err(Error::request(format!(
+                    "the manifest says that weights are '{other}', expected nf4 or int8"
+                )));
+            }
+            None => {}
+        }
         // The merge itself computes in f32, whatever it is stored in.
         let coarser = if stored == Dtype::F64 { Dtype::F32 } else { stored };
         if !dtype::is_float(coarser) {
             return Err(Error::request(format!("a merged weight is stored as {stored:?}, expected floating point")));
         }
-        let units = if by_chance { 1.0 } else { 0.5 };
-        Ok(Rounding { relative: units * dtype::ulp(coarser, 1.0), absolute: units * dtype::ulp(coarser, 0.0) })
+        let units = if rounds.by_chance { 1.0 } else { 0.5 };
+        Ok(Rounding::Float { relative: units * dtype::ulp(coarser, 1.0), absolute: units * dtype::ulp(coarser, 0.0) })
+    }
+
+    /// Adds to what each of these numbers may be off by already. They are whole rows, from the first of a block on.
+    fn add(self, x: &[f64], bound: &mut [f64]) {
+        match self {
+            Rounding::Float { relative, absolute } => {
+                bound.iter_mut().zip(x).for_each(|(bound, x)| *bound += relative * x.abs() + absolute);
+            }
+            Rounding::Blocks { len, share, scales } => {
+                let largest =
+                    |bound: &[f64], x: &[f64]| bound.iter().zip(x).fold(0f64, |most, (b, x)| most.max(x.abs() + b));
+                let off = scales * largest(bound, x);
+                for (bound, x) in bound.chunks_mut(len).zip(x.chunks(len)) {
+                    let off = off + share * largest(bound, x);
+                    bound.iter_mut().for_each(|bound| *bound += off);
+                }
+            }
+        }
     }
 }

@@ -111,6 +111,7 @@ pub fn write_run(root: &Path, spec: Spec) -> PathBuf {
     let manifest = Manifest {
         first_step: 0,
         stochastic_rounding: false,
+        quantised: None,
         schema: 1,
         tool: "relora-kit test".into(),
         mode: "relora".into(),

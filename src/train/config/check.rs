@@ -111,6 +111,9 @@ impl Config {
                 "relora.lora_only is for mode lora: without weights there is nothing to merge into",
             ));
         }
+        if relora.lora_only && relora.quantize.is_some() {
+            return Err(Error::request("relora.lora_only drops the weights that relora.quantize would keep"));
+        }
         let (random, magnitude) = (relora.optimizer_random_pruning, relora.optimizer_magnitude_pruning);
         if !(0.0..1.0).contains(&random) || !(0.0..1.0).contains(&magnitude) || (random > 0.0 && magnitude > 0.0) {
             return Err(Error::request(format!(

@@ -8,7 +8,8 @@ mod read;
 use super::{schedule::Scheduler, tokens::TokenCount};
 use crate::{
     error::{Error, Result},
-    model::{LoraSpec, ProductChoice},
+    model::{LoraSpec, ProductChoice, Store},
+    ops::Quantisation,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -243,6 +244,17 @@ pub enum RestartTiming {
     Official,
 }
 
+/// Bits of a frozen weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Quantize {
+    /// NF4 (QLoRA, arXiv 2305.14314).
+    #[serde(rename = "4bit")]
+    FourBit,
+    /// int8, with a scale per row.
+    #[serde(rename = "8bit")]
+    EightBit,
+}
+
 /// How magnitude pruning chooses what to keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -277,6 +289,12 @@ pub struct ReloraConfig {
     /// How products with `W + s B A` are computed: `auto`, `factored`, `formed`, `whole_gradient`.
     #[serde(default)]
     pub product: ProductChoice,
+    /// Keep the frozen projections in `4bit` (NF4) or `8bit`: quantised when the first cycle begins, and anew at every merge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantize>,
+    /// With `quantize = "4bit"`, quantise the scales, too.
+    #[serde(default = "yes")]
+    pub use_double_quant: bool,
     /// Updates between two restarts (mode `relora`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relora: Option<u64>,
@@ -345,14 +363,22 @@ impl From<&ReloraConfig> for LoraSpec {
     }
 }
 
-impl TrainConfig {
-    /// Whether what a restart merges into is rounded to bf16.
-    pub fn rounds_merges(&self) -> bool {
-        self.dtype == WeightDtype::Bf16 || self.mixed_precision == MixedPrecision::Bf16
-    }
-}
-
 impl Config {
+    /// What the projections may be while they are frozen.
+    pub fn frozen_store(&self) -> Store {
+        match self.relora.as_ref().and_then(|r| Some((r.quantize?, r.use_double_quant))) {
+            Some((Quantize::FourBit, double)) => Store::Quantised(Quantisation::Nf4 { double }),
+            Some((Quantize::EightBit, _)) => Store::Quantised(Quantisation::Int8),
+            None if self.train.mixed_precision == MixedPrecision::Bf16 => Store::Bf16,
+            None => Store::F32,
+        }
+    }
+
+    /// Whether what a restart merges into is rounded.
+    pub fn rounds_merges(&self) -> bool {
+        self.train.dtype == WeightDtype::Bf16 || self.frozen_store() != Store::F32
+    }
+
     /// The file that a run keeps.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string_pretty(self).map_err(|e| Error::world(format!("cannot write the configuration: {e}")))
