@@ -1,6 +1,6 @@
 //! `relora-kit eval`
 
-use super::{DeviceChoice, Outcome, Output, open_cuda, parse_device};
+use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, Output, open_cuda, parse_device};
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_predictions: Option<u64>,
     /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    #[arg(long, value_name = "DEVICE", env = DEVICE_VARIABLE, default_value = "cpu", value_parser = parse_device)]
     device: DeviceChoice,
     #[command(flatten)]
     output: Output,

@@ -1,6 +1,6 @@
 //! `relora-kit generate`
 
-use super::{DeviceChoice, Outcome, open_cuda, parse_device};
+use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device};
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    #[arg(long, value_name = "DEVICE", env = DEVICE_VARIABLE, default_value = "cpu", value_parser = parse_device)]
     device: DeviceChoice,
 }
 

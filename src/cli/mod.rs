@@ -107,6 +107,9 @@ enum DeviceChoice {
     Cuda(usize),
 }
 
+/// Says what `--device` is where it is not given.
+const DEVICE_VARIABLE: &str = "RELORA_KIT_DEVICE";
+
 /// `cpu`, `cuda` (the first GPU) or `cuda:N`.
 fn parse_device(text: &str) -> std::result::Result<DeviceChoice, String> {
     let number = |n: &str| n.parse().ok().filter(|_| n.bytes().all(|b| b.is_ascii_digit()));

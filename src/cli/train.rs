@@ -1,6 +1,6 @@
 //! `relora-kit train`
 
-use super::{DeviceChoice, Outcome, open_cuda, parse_device};
+use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device};
 use crate::{
     error::{Error, Result},
     ops::{Cpu, Device, Profiled},
@@ -72,7 +72,7 @@ pub struct Args {
     #[arg(long, value_name = "PRESET,...", num_args = 0..=1, value_delimiter = ',', conflicts_with = "resume")]
     plan: Option<Vec<String>>,
     /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = parse_device)]
+    #[arg(long, value_name = "DEVICE", env = DEVICE_VARIABLE, default_value = "cpu", value_parser = parse_device)]
     device: DeviceChoice,
     /// How the summary is printed
     #[arg(long, value_enum, default_value_t)]

@@ -41,7 +41,7 @@ pub(super) const NF4: [f32; 16] = [
     1.0,
 ];
 
-/// The largest gap between two neighbours of [`NF4`].
+/// The largest gap between two neighbours of NF4.
 pub const LARGEST_GAP: f64 = 0.303_807_2;
 
 /// The numbers of scales in 8 bits: dynamic quantisation (arXiv 2110.02861), seven decades from 1e-6 on with 1, 2, 4, ...
