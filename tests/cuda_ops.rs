@@ -8,7 +8,7 @@ mod common;
 use common::cuda_double::cuda;
 use relora_kit::ops::{
     AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, Pruning, Quantisation,
-    RopeShape, Rounding, Scales,
+    RopeShape, Rounding, Scales, TALLY_SHARE,
 };
 
 /// Values in (-1, 1), the same for the same `seed`.
@@ -164,7 +164,7 @@ fn rounding_to_bf16_has_the_cpus_bits() {
 #[test]
 fn dropout_drops_what_the_cpu_drops() {
     for n in LENGTHS {
-        let dropout = Dropout { p: 0.3, key: 0xfeed_beef_1234_5678 };
+        let dropout = Dropout { p: 0.3, key: 0xfeed_beef_1234_5678, first_run: (n % 3) as u64 };
         for element in ELEMENTS {
             let tolerance = if element == Element::F32 { 0.0 } else { rounded(element, 0.0) };
             twins!(format!("{n} {element:?}"), tolerance, |device| {
@@ -479,6 +479,24 @@ fn pruning_keeps_what_the_cpu_keeps() {
             }
         }
     }
+}
+
+#[test]
+fn processes_share_the_numbers_of_an_update() {
+    twins!("", 0.0, |device| {
+        let mut shares = device.zeros(3 * TALLY_SHARE);
+        let mut tallies = [1e-3, 1.0 / 3.0, 7.0].map(|scale| {
+            let mut tally = device.tally();
+            device.tally_losses(scale, &device.upload(&noise(1, 7)), &mut tally);
+            tally
+        });
+        tallies.iter().enumerate().for_each(|(i, tally)| device.share_tally(tally, i as f32, i, &mut shares));
+        device.join_tally(&shares, &mut tallies[0]);
+        let [sum, first, ..] = tallies.each_ref().map(|tally| device.read_tally(tally).unwrap());
+        let expected: f64 = first.loss / (1.0 / 3.0) * (1e-3 + 1.0 / 3.0 + 7.0);
+        assert!((sum.loss / expected - 1.0).abs() < 1e-15 && sum.signals == 3.0, "{sum:?} {expected}");
+        vec![("shares", device.read(&shares))]
+    });
 }
 
 #[test]

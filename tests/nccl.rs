@@ -6,7 +6,7 @@ mod common;
 
 use common::cuda_double::{folder, open};
 use relora_kit::{
-    collective::{Alone, Collective, Nccl, OnEnding, Ranks},
+    collective::{Alone, Collective, Job, Nccl, OnEnding, Ranks},
     model::{LlamaConfig, LoraSpec, Model, Param, ParamKind},
     ops::{Cuda, Device},
 };
@@ -49,17 +49,19 @@ fn values(rank: usize, len: usize) -> Vec<f32> {
 /// More than a piece of the double, a few, one, none.
 const LENGTHS: [usize; 4] = [3 * 65536 + 11, 1003, 1, 0];
 
-fn join(device: &Cuda) -> Nccl {
+fn join(device: &Cuda) -> (Arc<Job>, impl Collective<Cuda>) {
     let on_ending: OnEnding = Arc::new(|ending| {
         println!("ended: {}", ending.error.message);
         std::process::exit(3);
     });
     let ranks = Ranks::from_env().unwrap().unwrap();
     let libraries = std::env::var_os("NCCL_TEST_FOLDER").map_or(folder().into(), PathBuf::from);
-    Nccl::start(&ranks, Duration::from_secs(20), on_ending, device, &[libraries]).unwrap_or_else(|e| {
+    let job = Arc::new(Job::join(ranks, Duration::from_secs(20), on_ending).unwrap());
+    let nccl = Nccl::start(job.clone(), device, &[libraries]).unwrap_or_else(|e| {
         println!("failed: {} help: {}", e.message, e.help.clone().unwrap_or_default());
         std::process::exit(e.exit_code().into());
-    })
+    });
+    (job, nccl)
 }
 
 const WINDOWS: usize = 4;
@@ -93,7 +95,7 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
         let mut tally = model.device().tally();
         model.forward_backward_then(&tokens, share, LEN, scale, &mut tally, &mut ready).unwrap();
         for (places, sum) in pending {
-            for (i, gradient) in places.into_iter().zip(sum().unwrap()) {
+            for (i, gradient) in places.into_iter().zip(sum(model.device()).unwrap()) {
                 model.params_mut()[i].grad = Some(gradient);
             }
         }
@@ -116,11 +118,11 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
 fn one_process_of_several() {
     let Ok(part) = std::env::var(PART) else { return };
     let device = open();
-    let nccl = join(&device);
+    let (job, nccl) = join(&device);
     let (rank, world_size) = (nccl.rank(), nccl.world_size());
     if let Some(mode) = part.strip_prefix("train ") {
         println!("trajectory {:?}", train(&device, &nccl, mode == "low-rank"));
-        return nccl.finish().unwrap();
+        return job.finish().unwrap();
     }
     let all = nccl.gather(format!("I am {rank}").as_bytes()).unwrap();
     assert_eq!(all, (0..world_size).map(|r| format!("I am {r}").into_bytes()).collect::<Vec<_>>());
@@ -143,7 +145,7 @@ fn one_process_of_several() {
         if part == "killed" && round == 1 && rank == 1 {
             std::process::abort();
         }
-        let sums = pending().unwrap();
+        let sums = pending(&device).unwrap();
         if let Err(e) = device.status() {
             println!("failed: {} help: {}", e.message, e.help.unwrap_or_default());
             std::process::exit(3);
@@ -161,7 +163,7 @@ fn one_process_of_several() {
         assert!(device.read(&buffer) == values(1, 70000), "rank {rank}");
     }
     device.status().unwrap();
-    nccl.finish().unwrap();
+    job.finish().unwrap();
     println!("rank {rank} is done");
 }
 

@@ -162,7 +162,7 @@ fn cross_entropy_matches_candle() {
 #[test]
 fn dropout_matches_candle_with_the_same_mask() {
     let n = 4099;
-    let dropout = Dropout { p: 0.3, key: 11 };
+    let dropout = Dropout { p: 0.3, key: 11, first_run: 0 };
     let (x, dy, mut mask) = (noise(1, n), noise(2, n), vec![f32::NAN; n]);
     Cpu.dropout_forward(dropout, &vec![1.0; n], &mut mask);
     let kept = mask.iter().filter(|m| **m != 0.0).count() as f64 / n as f64;

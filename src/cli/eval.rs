@@ -3,6 +3,7 @@
 use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, Output, open_cuda, parse_device};
 use crate::{
     checkpoint::Checkpoint,
+    collective::Alone,
     error::{Error, Result},
     model::Model,
     ops::{Cpu, Device},
@@ -74,7 +75,7 @@ impl Args {
         let (windows, _) = Windows::split(&shard, max_length, None, 0.0)?;
         let bar = progress.count("evaluating", windows.count());
         let limit = self.max_predictions.unwrap_or(u64::MAX);
-        let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &bar)?;
+        let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &Alone, &bar)?;
         bar.finish_and_clear();
         report::emit(&result, self.output.format, self.output.output.as_deref(), self.output.force)?;
         Ok(Outcome::Yes)

@@ -119,7 +119,7 @@ impl Args {
             dry_run: self.dry_run,
             gpu: match self.device {
                 DeviceChoice::Cpu => None,
-                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal)),
+                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal.unwrap_or(0))),
             },
         };
         let result = match self.shard {

@@ -8,6 +8,7 @@ mod extract;
 mod generate;
 mod inspect;
 mod merge;
+mod ranks;
 mod spectrum;
 mod tokenize;
 mod train;
@@ -42,7 +43,7 @@ pub struct Global {
     /// No warnings, no progress
     #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global options")]
     quiet: bool,
-    /// Threads to compute with (default: all cores)
+    /// Threads to compute with (default: all cores; of several processes, each its share)
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Global options")]
     threads: Option<u16>,
     /// Colours on stderr and in help (NO_COLOR is obeyed, too)
@@ -103,8 +104,8 @@ enum Command {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum DeviceChoice {
     Cpu,
-    /// The NVIDIA GPU with this number.
-    Cuda(usize),
+    /// The NVIDIA GPU with this number; without one, the first, or of several processes each its own.
+    Cuda(Option<usize>),
 }
 
 /// Says what `--device` is where it is not given.
@@ -115,14 +116,15 @@ fn parse_device(text: &str) -> std::result::Result<DeviceChoice, String> {
     let number = |n: &str| n.parse().ok().filter(|_| n.bytes().all(|b| b.is_ascii_digit()));
     match text {
         "cpu" => Some(DeviceChoice::Cpu),
-        "cuda" => Some(DeviceChoice::Cuda(0)),
-        _ => text.strip_prefix("cuda:").and_then(number).map(DeviceChoice::Cuda),
+        "cuda" => Some(DeviceChoice::Cuda(None)),
+        _ => text.strip_prefix("cuda:").and_then(number).map(|n| DeviceChoice::Cuda(Some(n))),
     }
     .ok_or_else(|| format!("device '{text}' is not supported, expected cpu, cuda or cuda:N"))
 }
 
-/// Opens the NVIDIA GPU with this number, with what the environment says about CUDA's libraries.
-fn open_cuda(ordinal: usize, progress: &Progress) -> Result<Cuda, Error> {
+/// Opens the NVIDIA GPU with this number, or the first, with what the environment says about CUDA's libraries.
+fn open_cuda(ordinal: Option<usize>, progress: &Progress) -> Result<Cuda, Error> {
+    let ordinal = ordinal.unwrap_or(0);
     let device = Cuda::open(&CudaOptions::from_env(ordinal))?;
     progress.detail(&format!("device cuda:{ordinal} is {}", device.model()));
     Ok(device)
@@ -152,12 +154,16 @@ pub fn main() -> ExitCode {
         Ok(Outcome::Yes) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
         Err(e) => {
-            eprintln!("error: {e}");
-            if let Some(help) = &e.help {
-                eprintln!("help: {help}");
-            }
+            report_error(&e);
             ExitCode::from(e.exit_code())
         }
+    }
+}
+
+fn report_error(e: &Error) {
+    eprintln!("error: {e}");
+    if let Some(help) = &e.help {
+        eprintln!("help: {help}");
     }
 }
 
@@ -178,7 +184,12 @@ fn color_choice(args: impl Iterator<Item = String>) -> ColorChoice {
 
 fn run(cli: Cli) -> Result<Outcome, Error> {
     let global = &cli.global;
-    crate::threads::set(global.threads.map(usize::from))?;
+    let together = matches!(cli.command, Command::Train(_) | Command::Merge(_) | Command::Spectrum(_));
+    let threads = match global.threads {
+        None if together => ranks::threads()?,
+        given => given.map(usize::from),
+    };
+    crate::threads::set(threads)?;
     let verbosity = if global.quiet { -1 } else { global.verbose as i8 };
     let progress = Progress::stderr(global.progress == ProgressWhen::Auto && !global.quiet, verbosity);
     match cli.command {
@@ -213,8 +224,8 @@ mod tests {
     #[test]
     fn devices_are_cpu_and_numbered_gpus() {
         assert_eq!(parse_device("cpu"), Ok(DeviceChoice::Cpu));
-        assert_eq!(parse_device("cuda"), Ok(DeviceChoice::Cuda(0)));
-        assert_eq!(parse_device("cuda:3"), Ok(DeviceChoice::Cuda(3)));
+        assert_eq!(parse_device("cuda"), Ok(DeviceChoice::Cuda(None)));
+        assert_eq!(parse_device("cuda:3"), Ok(DeviceChoice::Cuda(Some(3))));
         for text in ["", "gpu", "cuda:", "cuda:+1", "cuda:-1", "cuda:1:2", "CPU"] {
             assert!(parse_device(text).unwrap_err().contains("expected cpu, cuda or cuda:N"), "{text}");
         }

@@ -156,7 +156,7 @@ impl Args {
             small: None,
             gpu: match self.device {
                 DeviceChoice::Cpu => None,
-                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal)),
+                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal.unwrap_or(0))),
             },
         })
     }

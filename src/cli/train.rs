@@ -1,9 +1,12 @@
 //! `relora-kit train`
 
-use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device};
+use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device, ranks};
+#[cfg(feature = "mpi")]
+use crate::collective::MpiCollective;
 use crate::{
+    collective::{Alone, Collective, Job, Nccl},
     error::{Error, Result},
-    ops::{Cpu, Device, Profiled},
+    ops::{Cpu, CudaOptions, Device, Profiled},
     progress::Progress,
     report::{self, Format},
     staged,
@@ -13,7 +16,10 @@ use crate::{
         session::{Session, Summary},
     },
 };
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// What `--plan PRESET` assumes without a configuration: the paper's window and rank.
 const PLANNED: &str = r#"
@@ -48,6 +54,8 @@ relora = 5000
   relora-kit train --plan --config run.toml
   relora-kit train --plan llama_350m,llama_1b,llama_7b --set train.batch_size=4
   relora-kit train --config run.toml -o run --device cuda
+  torchrun --nproc-per-node 8 --no-python relora-kit train --config run.toml -o run --device cuda
+  mpirun -n 4 relora-kit train --config run.toml -o run
   relora-kit train --resume run")]
 pub struct Args {
     /// The configuration
@@ -74,9 +82,21 @@ pub struct Args {
     /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
     #[arg(long, value_name = "DEVICE", env = DEVICE_VARIABLE, default_value = "cpu", value_parser = parse_device)]
     device: DeviceChoice,
+    /// What sums the gradients of several processes: NCCL on GPUs, MPI on CPUs if this is left out
+    #[arg(long, value_enum, value_name = "LIBRARY")]
+    collective: Option<CollectiveChoice>,
     /// How the summary is printed
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+}
+
+/// A library that sums over processes.
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum CollectiveChoice {
+    /// NVIDIA's, from GPU to GPU
+    Nccl,
+    /// Through the host's memory; of a build with the feature `mpi`
+    Mpi,
 }
 
 impl Args {
@@ -85,14 +105,54 @@ impl Args {
             report::emit(&self.plan(presets)?, self.format, None, false)?;
             return Ok(Outcome::Yes);
         }
-        if let Some(config) = &self.config {
-            // What is wrong with it is said before a GPU is opened.
-            Config::read(config, &self.set)?;
+        let run = self.resume.as_ref().or(self.output.as_ref());
+        let after = run
+            .map(|dir| format!("go on with: relora-kit train --resume {}, on any number of processes", dir.display()));
+        match ranks::join(after, progress)? {
+            None => self.train_alone(progress),
+            Some(job) => ranks::finish(&job, || self.train_together(&job, &ranks::quiet(Some(&job), progress))),
         }
+    }
+
+    fn train_alone(&self, progress: &Progress) -> Result<Outcome> {
+        self.check_config()?;
         let summary = match self.device {
-            DeviceChoice::Cpu => self.train_on(Cpu, progress)?,
-            DeviceChoice::Cuda(ordinal) => self.train_on(open_cuda(ordinal, progress)?, progress)?,
+            DeviceChoice::Cpu => self.train_on(Cpu, Alone, progress)?,
+            DeviceChoice::Cuda(ordinal) => self.train_on(open_cuda(ordinal, progress)?, Alone, progress)?,
         };
+        self.report(summary)
+    }
+
+    fn train_together(&self, job: &Arc<Job>, progress: &Progress) -> Result<Outcome> {
+        self.check_config()?;
+        let summary = match (ranks::own_device(self.device, Some(job)), self.collective) {
+            (DeviceChoice::Cpu, None | Some(CollectiveChoice::Mpi)) => self.train_on(Cpu, mpi(job)?, progress)?,
+            (DeviceChoice::Cpu, Some(CollectiveChoice::Nccl)) => {
+                return Err(Error::request("--collective nccl sums on GPUs, but --device is cpu")
+                    .help("pass --device cuda, or --collective mpi"));
+            }
+            (DeviceChoice::Cuda(ordinal), choice) => {
+                let device = open_cuda(ordinal, progress)?;
+                ranks::warn_of_shared_gpus(job, &device, progress)?;
+                match choice {
+                    Some(CollectiveChoice::Mpi) => self.train_on(device, mpi(job)?, progress)?,
+                    _ => {
+                        let options = CudaOptions::from_env(ordinal.unwrap_or(0));
+                        let nccl = Nccl::start(job.clone(), &device, &options.libraries)?;
+                        self.train_on(device, nccl, progress)?
+                    }
+                }
+            }
+        };
+        self.report(summary.filter(|_| job.is_leader()))
+    }
+
+    /// What is wrong with the configuration is said before a GPU is opened.
+    fn check_config(&self) -> Result<()> {
+        self.config.as_ref().map_or(Ok(()), |config| Config::read(config, &self.set).map(drop))
+    }
+
+    fn report(&self, summary: Option<Summary>) -> Result<Outcome> {
         if let Some(summary) = summary {
             report::emit(&summary, self.format, None, false)?;
         }
@@ -112,13 +172,18 @@ impl Args {
     }
 
     /// [`Args::train`], with a profile if one is asked for.
-    fn train_on<D: Device + Clone>(&self, device: D, progress: &Progress) -> Result<Option<Summary>> {
+    fn train_on<D, C>(&self, device: D, collective: C, progress: &Progress) -> Result<Option<Summary>>
+    where
+        D: Device + Clone,
+        C: Collective<D> + Collective<Profiled<D>> + 'static,
+    {
+        let leads = Collective::<D>::is_leader(&collective);
         if !self.profile {
-            return self.train(device, progress);
+            return self.train(device, Arc::new(collective), progress);
         }
         let device = Profiled::new(device);
-        let mut summary = self.train(device.clone(), progress)?;
-        if let Some(summary) = &mut summary {
+        let mut summary = self.train(device.clone(), Arc::new(collective), progress)?;
+        if let Some(summary) = summary.as_mut().filter(|_| leads) {
             summary.operations = device.operations();
             let trace = device.trace().to_string();
             staged::write_file(&summary.run.join("profile.json"), trace.as_bytes(), true)?;
@@ -127,14 +192,19 @@ impl Args {
     }
 
     /// `None`: the run was finished already.
-    fn train<D: Device>(&self, device: D, progress: &Progress) -> Result<Option<Summary>> {
+    fn train<D: Device>(
+        &self,
+        device: D,
+        collective: Arc<dyn Collective<D>>,
+        progress: &Progress,
+    ) -> Result<Option<Summary>> {
         let session = match (&self.resume, &self.config, &self.output) {
-            (Some(dir), _, _) => Session::resume(device, dir, progress)?,
+            (Some(dir), _, _) => Session::resume(device, dir, &collective, progress)?,
             (None, Some(config), Some(dir)) => {
                 let config = Config::read(config, &self.set)?;
                 if !self.autoresume {
-                    Session::create(device, config, dir, progress)?
-                } else if let Some(session) = Session::create_or_resume(device, config, dir, progress)? {
+                    Session::create(device, config, dir, &collective, progress)?
+                } else if let Some(session) = Session::create_or_resume(device, config, dir, &collective, progress)? {
                     session
                 } else {
                     progress.info(&format!("run '{}' is finished", dir.display()));
@@ -145,4 +215,17 @@ impl Args {
         };
         session.run().map(Some)
     }
+}
+
+/// MPI, which this build may not have.
+#[cfg(feature = "mpi")]
+fn mpi(job: &Arc<Job>) -> Result<MpiCollective> {
+    Ok(MpiCollective::new(job.clone(), job.mpi()?))
+}
+
+/// MPI, which this build may not have.
+#[cfg(not(feature = "mpi"))]
+fn mpi(_job: &Arc<Job>) -> Result<Alone> {
+    Err(Error::request("several processes train on CPUs through MPI, which this relora-kit was built without")
+        .help("build it with `cargo install --path . --features mpi`, pass --device cuda, or start one process"))
 }

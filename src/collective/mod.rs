@@ -1,15 +1,21 @@
 //! Several processes that compute one thing: who they are, how they meet, and what they exchange.
 //!
-//! Gradients travel by MPI (cargo feature `mpi`). A line of TCP to rank 0 carries small messages only, and notices a process
-//! that dies.
+//! Buffers are summed by NCCL from GPU to GPU, or by MPI (cargo feature `mpi`). A line of TCP to rank 0 carries small messages
+//! only, and notices a process that dies.
 
 mod alone;
+mod job;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod nccl;
 mod ranks;
 mod rendezvous;
 mod wire;
 
 pub use alone::Alone;
+pub use job::Job;
+#[cfg(feature = "mpi")]
+pub use mpi::{Mpi, MpiCollective};
 pub use nccl::Nccl;
 pub use ranks::{Master, Ranks};
 pub use rendezvous::{Ending, JOIN_VARIABLE, OnEnding, Rendezvous, join_limit};
@@ -17,7 +23,7 @@ pub use rendezvous::{Ending, JOIN_VARIABLE, OnEnding, Rendezvous, join_limit};
 use crate::{error::Result, ops::Device};
 
 /// Buffers that are on their way: calling it waits, and gives them back in the order they were handed over.
-pub type Pending<D> = Box<dyn FnOnce() -> Result<Vec<<D as Device>::Buffer>>>;
+pub type Pending<D> = Box<dyn FnOnce(&D) -> Result<Vec<<D as Device>::Buffer>>>;
 
 /// What the processes of a job do together. Every process calls the same methods in the same order; a call ends when all
 /// have made it. A process that is gone ends the job through its [`Rendezvous`], whatever the others wait in.

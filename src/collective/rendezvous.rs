@@ -60,6 +60,42 @@ pub(super) fn host_name() -> String {
     if failed || name.is_empty() { "a host without a name".into() } else { String::from_utf8_lossy(name).into_owned() }
 }
 
+/// The addresses of this machine that another may reach it under.
+#[cfg(feature = "mpi")]
+pub(super) fn addresses() -> Vec<std::net::IpAddr> {
+    let mut found = Vec::new();
+    let mut list = std::ptr::null_mut();
+    // SAFETY: the call makes a list and its end is null; every entry stays until the list is freed, and an address says by
+    // its family what it is.
+    unsafe {
+        if libc::getifaddrs(&mut list) != 0 {
+            return found;
+        }
+        let mut entry = list;
+        while let Some(interface) = entry.as_ref() {
+            if let Some(address) = interface.ifa_addr.as_ref() {
+                match i32::from(address.sa_family) {
+                    libc::AF_INET => {
+                        let address = &*interface.ifa_addr.cast::<libc::sockaddr_in>();
+                        found.push(std::net::IpAddr::from(address.sin_addr.s_addr.to_ne_bytes()));
+                    }
+                    libc::AF_INET6 => {
+                        let address = &*interface.ifa_addr.cast::<libc::sockaddr_in6>();
+                        found.push(std::net::IpAddr::from(address.sin6_addr.s6_addr));
+                    }
+                    _ => {}
+                }
+            }
+            entry = interface.ifa_next;
+        }
+        libc::freeifaddrs(list);
+    }
+    // One that holds on this link only says nothing without the link.
+    let local = |address: &std::net::IpAddr| matches!(address, std::net::IpAddr::V6(a) if a.is_unicast_link_local());
+    found.retain(|address| !address.is_loopback() && !local(address));
+    found
+}
+
 /// The open line.
 pub struct Rendezvous(Arc<Line>);
 
@@ -104,7 +140,7 @@ impl Rendezvous {
             let listener = listen(if local { &master.host } else { "::" }, master.port)?;
             Rendezvous::lead(listener, ranks, &job, limit, on_ending)
         } else {
-            Rendezvous::join(&master.host, master.port, ranks, &job, limit, on_ending)
+            Rendezvous::join(std::slice::from_ref(&master.host), master.port, ranks, &job, limit, on_ending)
         }
     }
 
@@ -136,9 +172,9 @@ impl Rendezvous {
         Rendezvous::start(0, hosts, streams, SILENCE, on_ending)
     }
 
-    /// As another rank: finds rank 0.
+    /// As another rank: finds rank 0 under one of its names.
     pub fn join(
-        host: &str,
+        hosts: &[String],
         port: u16,
         ranks: &Ranks,
         job: &str,
@@ -148,8 +184,9 @@ impl Rendezvous {
         let began = Instant::now();
         let unreachable = |e: String| {
             Error::world(format!(
-                "rank {} cannot reach rank 0 at {host}:{port} within {} s: {e}",
+                "rank {} cannot reach rank 0 at {}:{port} within {} s: {e}",
                 ranks.rank,
+                hosts.join(" or "),
                 limit.as_secs()
             ))
             .help(
@@ -157,7 +194,7 @@ impl Rendezvous {
             )
         };
         let mut stream = loop {
-            match connect(host, port, limit.saturating_sub(began.elapsed())) {
+            match connect(hosts, port, limit.saturating_sub(began.elapsed())) {
                 Ok(stream) => break stream,
                 Err(e) if began.elapsed() >= limit => return Err(unreachable(e.to_string())),
                 Err(_) => thread::sleep(Duration::from_millis(50)),
@@ -238,6 +275,11 @@ impl Rendezvous {
         self.0.name(rank)
     }
 
+    /// The machine of a process.
+    pub fn host(&self, rank: usize) -> &str {
+        self.0.hosts.get(rank).map_or("?", String::as_str)
+    }
+
     /// Gives every process the bytes of each, in the order of the ranks.
     pub fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         let line = &self.0;
@@ -247,11 +289,30 @@ impl Rendezvous {
             leader.send(&Message::Part(own.to_vec())).map_err(|_| lost(leader))?;
             return line.next_parts(0).ok_or_else(|| lost(leader));
         }
+        let all = self.receive_all(own)?;
+        line.send_all(&Message::All(all.clone()));
+        Ok(all)
+    }
+
+    /// Gives rank 0 the bytes of each process, in the order of the ranks, and the others nothing.
+    pub fn collect(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let line = &self.0;
+        if line.rank > 0 {
+            self.gather(own)?;
+            return Ok(Vec::new());
+        }
+        let all = self.receive_all(own)?;
+        line.send_all(&Message::All(Vec::new()));
+        Ok(all)
+    }
+
+    /// As rank 0: the bytes of each process.
+    fn receive_all(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let line = &self.0;
         let mut all = vec![own.to_vec()];
         for (i, peer) in line.peers.iter().enumerate() {
-            all.extend(line.next_parts(i).ok_or_else(|| lost(peer))?);
+            all.extend(line.next_parts(i).ok_or_else(|| gone(peer.rank, &line.hosts[peer.rank], ""))?);
         }
-        line.send_all(&Message::All(all.clone()));
         Ok(all)
     }
 
@@ -406,12 +467,21 @@ pub(super) fn listen(address: &str, port: u16) -> Result<TcpListener> {
     })
 }
 
-fn connect(host: &str, port: u16, left: Duration) -> io::Result<TcpStream> {
+fn connect(hosts: &[String], port: u16, left: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, left.clamp(Duration::from_millis(10), Duration::from_secs(10))) {
-            Ok(stream) => return Ok(stream),
-            Err(e) => last = e,
+    for host in hosts {
+        let addresses = match (host.as_str(), port).to_socket_addrs() {
+            Ok(addresses) => addresses,
+            Err(e) => {
+                last = e;
+                continue;
+            }
+        };
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, left.clamp(Duration::from_millis(10), Duration::from_secs(10))) {
+                Ok(stream) => return Ok(stream),
+                Err(e) => last = e,
+            }
         }
     }
     Err(last)
@@ -527,7 +597,11 @@ mod tests {
             .map(|rank| {
                 thread::spawn(move || {
                     let (on_ending, endings) = endings();
-                    (Rendezvous::join("127.0.0.1", port, &ranks(rank, size), "j", LIMIT, on_ending).unwrap(), endings)
+                    (
+                        Rendezvous::join(&["127.0.0.1".into()], port, &ranks(rank, size), "j", LIMIT, on_ending)
+                            .unwrap(),
+                        endings,
+                    )
                 })
             })
             .collect();
@@ -625,7 +699,9 @@ mod tests {
             let join = |(ranks, job): &(Ranks, &'static str)| {
                 let (ranks, job) = (ranks.clone(), *job);
                 let limit = Duration::from_secs(1);
-                thread::spawn(move || Rendezvous::join("127.0.0.1", port, &ranks, job, limit, endings().0).err())
+                thread::spawn(move || {
+                    Rendezvous::join(&["127.0.0.1".into()], port, &ranks, job, limit, endings().0).err()
+                })
             };
             let members: Vec<_> = members.iter().map(join).collect();
             let limit = Duration::from_secs(1);
@@ -648,7 +724,8 @@ mod tests {
     #[test]
     fn a_master_that_does_not_answer_is_given_up_in_time() {
         let limit = Duration::from_millis(300);
-        let join = |port| Rendezvous::join("127.0.0.1", port, &ranks(1, 2), "", limit, endings().0).err().unwrap();
+        let join =
+            |port| Rendezvous::join(&["127.0.0.1".into()], port, &ranks(1, 2), "", limit, endings().0).err().unwrap();
         let port = listen("127.0.0.1", 0).unwrap().local_addr().unwrap().port();
         let refused = join(port);
         assert!(refused.message.starts_with(&format!("rank 1 cannot reach rank 0 at 127.0.0.1:{port}")));

@@ -20,6 +20,8 @@ pub(super) struct Shape<D: Device> {
     pub eps: f32,
     /// Of the current pass.
     pub dropout: Option<Dropout>,
+    /// See [`Pass::first_row`].
+    pub first_row: usize,
     pub cos: D::Buffer,
     pub sin: D::Buffer,
 }
@@ -37,7 +39,7 @@ impl<D: Device> Shape<D> {
             head_dim: config.head_dim,
         };
         let (cos, sin) = (device.upload(&cos), device.upload(&sin));
-        Shape { attention, eps: config.rms_norm_eps as f32, dropout: None, cos, sin }
+        Shape { attention, eps: config.rms_norm_eps as f32, dropout: None, first_row: 0, cos, sin }
     }
 
     /// N.
@@ -46,7 +48,7 @@ impl<D: Device> Shape<D> {
     }
 
     fn pass(&self) -> Pass {
-        Pass { rows: self.rows(), dropout: self.dropout }
+        Pass { rows: self.rows(), dropout: self.dropout, first_row: self.first_row }
     }
 
     fn rope(&self, heads: usize) -> RopeShape {

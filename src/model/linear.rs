@@ -46,12 +46,14 @@ pub(super) struct Pass {
     pub rows: usize,
     /// Before A, in training.
     pub dropout: Option<Dropout>,
+    /// Rows of the update's whole batch that come before those of this pass.
+    pub first_row: usize,
 }
 
 impl Pass {
-    /// Every layer drops other elements.
-    fn dropout_of(&self, weight: usize) -> Option<Dropout> {
-        self.dropout.map(|d| d.fork(weight as u64))
+    /// Every layer drops other elements of its inputs, `inner` wide; which, does not depend on how a batch is divided.
+    fn dropout_of(&self, weight: usize, inner: usize) -> Option<Dropout> {
+        self.dropout.map(|d| d.fork(weight as u64).after(self.first_row * inner))
     }
 }
 
@@ -176,7 +178,7 @@ impl Linear {
         let Some(factors) = self.lora else { return };
         let (r, inner) = (params[factors.a].shape[0], params[factors.a].shape[1]);
         let a = Mat::new(params[factors.a].operand(), r, inner);
-        let x = match pass.dropout_of(self.weight) {
+        let x = match pass.dropout_of(self.weight, inner) {
             Some(dropout) => {
                 device.dropout_forward(dropout, x, dropped);
                 &*dropped
@@ -253,7 +255,7 @@ impl Linear {
         let Some(factors) = self.factored() else { return };
         let (r, scaling) = (params[factors.a].shape[0], factors.scaling.factor(params));
         let (dyb, a) = (Mat::new(dyb, rows, r), Mat::new(params[factors.a].operand(), r, inner));
-        match pass.dropout_of(self.weight) {
+        match pass.dropout_of(self.weight, inner) {
             None => device.matmul(scaling, dyb, a, 1.0, MatMut::new(dx, rows, inner)),
             Some(dropout) => {
                 device.matmul(scaling, dyb, a, 0.0, MatMut::new(dropped, rows, inner));
@@ -284,7 +286,7 @@ impl<D: Device> LowRank<'_, D> {
             device.matmul(scaling, dy().t(), Mat::new(xa, rows, r), 1.0, MatMut::new(db, out, r));
         });
         self.add_gradient(params, factors.a, |scaling, da| {
-            let x = match pass.dropout_of(linear.weight) {
+            let x = match pass.dropout_of(linear.weight, inner) {
                 Some(dropout) => {
                     device.dropout_forward(dropout, x, dropped);
                     &*dropped
@@ -383,13 +385,13 @@ mod tests {
         }
         let scaling = if tanh { Scaling::Tanh(3) } else { Scaling::Fixed(params[3].value[0]) };
         let linear = Linear { weight: 0, lora: Some(Factors { a: 1, b: 2, scaling, product }) };
-        let pass = Pass { rows: ROWS, dropout };
+        let pass = Pass { rows: ROWS, dropout, first_row: 0 };
         let layers = [Needs { out: OUT, inner: INNER, product: Some(product), quantised: false }];
         let mut scratch = LinearScratch::new(&Cpu, Element::F32, &layers, ROWS, R, dropout.is_some());
         let (x, dy, mut y) = (noise(1, ROWS * INNER), noise(2, ROWS * OUT), noise(3, ROWS * OUT));
         let (mut dx, mut xa) = (noise(4, ROWS * INNER), vec![0.0; ROWS * R]);
         let mut mask = vec![1.0; ROWS * INNER];
-        if let Some(dropout) = pass.dropout_of(0) {
+        if let Some(dropout) = pass.dropout_of(0, INNER) {
             Cpu.dropout_forward(dropout, &vec![1.0; ROWS * INNER], &mut mask);
             assert!(mask.contains(&0.0));
         }
@@ -429,7 +431,7 @@ mod tests {
 
     #[test]
     fn dropout_is_the_same_in_forward_and_backward() {
-        let dropout = Some(Dropout { p: 0.4, key: 5 });
+        let dropout = Some(Dropout { p: 0.4, key: 5, first_run: 0 });
         check(Product::Factored, dropout, false);
         check(Product::Factored, dropout, true);
     }

@@ -168,9 +168,9 @@ impl<D: Device> Model<D> {
             self.workspace = Some(Workspace::new(self, batch, len));
         }
         self.refresh();
-        let Model { device, config, params, layout, workspace, pool, element, .. } = self;
+        let Model { device, config, params, layout, workspace, pool, element, dropout_first, .. } = self;
         let Some(Workspace { shape, residual, rstd, blocks, saved, scratch, .. }) = workspace else { return };
-        shape.dropout = dropout;
+        (shape.dropout, shape.first_row) = (dropout, *dropout_first * len);
         let tokens = device.upload_tokens(tokens);
         device.embedding_forward(&tokens, &params[layout.embedding()].value, &mut residual[0]);
         let norm_before = |i: usize| {

@@ -72,14 +72,16 @@ impl<D: Device> Model<D> {
         self.lora.as_ref()
     }
 
-    /// Chooses the elements that dropout drops in the next [`Model::forward_backward`]: the same key, the same elements.
-    pub fn set_dropout_key(&mut self, key: u64) {
-        self.dropout_key = key;
+    /// Chooses the elements that dropout drops in the next [`Model::forward_backward`]: the same key, the same elements. Where
+    /// its windows are part of a larger batch, `first_window` of them before these, they are those of the whole (if inputs of
+    /// a window are a multiple of 64 elements, see [`Dropout::after`]).
+    pub fn set_dropout_key(&mut self, key: u64, first_window: usize) {
+        (self.dropout_key, self.dropout_first) = (key, first_window);
     }
 
     pub(super) fn dropout(&self) -> Option<Dropout> {
         let p = self.lora.as_ref().map_or(0.0, |spec| spec.dropout);
-        (p > 0.0).then_some(Dropout { p: p as f32, key: self.dropout_key })
+        (p > 0.0).then_some(Dropout { p: p as f32, key: self.dropout_key, first_run: 0 })
     }
 
     /// Draws A anew, each from `seed` and its name, sets B to zero and trained scalings to 1. Gradients stay.

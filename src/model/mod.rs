@@ -40,6 +40,8 @@ pub struct Model<D: Device> {
     lora: Option<LoraSpec>,
     seed: u64,
     dropout_key: u64,
+    /// Windows of the update's batch before those of this pass.
+    dropout_first: usize,
     activation_checkpointing: bool,
     gradient_accumulation: bool,
     /// Of activations.
@@ -86,6 +88,7 @@ impl<D: Device> Model<D> {
             lora: None,
             seed,
             dropout_key: 0,
+            dropout_first: 0,
             activation_checkpointing: false,
             gradient_accumulation: false,
             element: Element::F32,
@@ -447,7 +450,7 @@ mod tests {
     fn dropout_depends_on_its_key_and_is_off_in_evaluation() {
         let mut model = adapted(LoraSpec { dropout: 0.5, ..spec(3) });
         let mut with_key = |key| {
-            model.set_dropout_key(key);
+            model.set_dropout_key(key, 0);
             gradients(&mut model)
         };
         let first = with_key(1);

@@ -2,8 +2,8 @@
 
 use super::{
     AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised, RopeShape,
-    Rounding, Tally, adamw, attention, cross_entropy, dropout, elementwise, embedding, matmul, prune, quantise,
-    rms_norm, rope, round, swiglu,
+    Rounding, TALLY_SHARE, Tally, adamw, attention, cross_entropy, dropout, elementwise, embedding, matmul, prune,
+    quantise, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -251,6 +251,14 @@ impl Device for Cpu {
 
     fn read_tally(&self, tally: &Tally) -> Result<Tally> {
         Ok(*tally)
+    }
+
+    fn share_tally(&self, tally: &Tally, signal: f32, place: usize, shares: &mut Vec<f32>) {
+        shares[TALLY_SHARE * place..][..TALLY_SHARE].copy_from_slice(&tally.share(signal));
+    }
+
+    fn join_tally(&self, shares: &Vec<f32>, tally: &mut Tally) {
+        tally.join(shares);
     }
 
     fn adamw(&self, step: &AdamW, tally: &Tally, p: &mut Vec<f32>, g: &Vec<f32>, m: &mut Vec<f32>, v: &mut Vec<f32>) {

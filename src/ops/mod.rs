@@ -46,7 +46,7 @@ pub use prune::Pruning;
 pub use quantise::{LARGEST_GAP, Quantisation, Quantised, Scales};
 pub use rope::RopeShape;
 pub use round::Rounding;
-pub use tally::Tally;
+pub use tally::{TALLY_SHARE, Tally};
 
 use crate::error::Result;
 use std::borrow::Cow;
@@ -253,6 +253,11 @@ pub trait Device: Send + Sync {
     fn tally_losses(&self, scale: f64, losses: &Self::Buffer, tally: &mut Self::Tally);
     /// Adds the squares of all elements of these buffers, in f64, and then clips: see [`Tally::clip`].
     fn tally_gradients(&self, gradients: &[&Self::Buffer], max_norm: f64, tally: &mut Self::Tally);
+    /// Puts this process's share of an update's numbers, the loss and a `signal`, in its `place` among those of all processes,
+    /// [`TALLY_SHARE`] elements each.
+    fn share_tally(&self, tally: &Self::Tally, signal: f32, place: usize, shares: &mut Self::Buffer);
+    /// Replaces the tally's loss and signals by those of all processes together.
+    fn join_tally(&self, shares: &Self::Buffer, tally: &mut Self::Tally);
     /// The tally's numbers: waits for everything that was asked for, and fails if some of it did.
     fn read_tally(&self, tally: &Self::Tally) -> Result<Tally>;
 

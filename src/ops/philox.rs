@@ -5,7 +5,7 @@
 //! `16 w + l` of the run, so that neighbours in memory are neighbours in a vector register or a warp.
 
 /// Counters of a run.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Elements of a run.
 pub(super) const RUN: usize = 4 * LANES;

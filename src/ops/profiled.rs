@@ -89,6 +89,11 @@ impl<D: Device> Profiled<D> {
         result
     }
 
+    /// The device that is watched.
+    pub fn inner(&self) -> &D {
+        &self.device
+    }
+
     /// f32 elements of all buffers made so far, those that are gone included.
     pub fn allocated(&self) -> u64 {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).allocated
@@ -377,6 +382,14 @@ impl<D: Device> Device for Profiled<D> {
 
     fn tally_gradients(&self, gradients: &[&D::Buffer], max_norm: f64, tally: &mut D::Tally) {
         self.time("gradient norm", |d| d.tally_gradients(gradients, max_norm, tally));
+    }
+
+    fn share_tally(&self, tally: &D::Tally, signal: f32, place: usize, shares: &mut D::Buffer) {
+        self.time("copy", |d| d.share_tally(tally, signal, place, shares));
+    }
+
+    fn join_tally(&self, shares: &D::Buffer, tally: &mut D::Tally) {
+        self.time("sum", |d| d.join_tally(shares, tally));
     }
 
     fn read_tally(&self, tally: &D::Tally) -> Result<Tally> {

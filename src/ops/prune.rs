@@ -35,7 +35,7 @@ pub(super) fn position(ratio: f64, n: usize) -> (usize, f64) {
 
 /// Chooses the elements of [`Pruning::Random`] as dropout does.
 pub(super) fn chance(ratio: f64, key: u64) -> Dropout {
-    Dropout { p: ratio as f32, key }
+    Dropout { p: ratio as f32, key, first_run: 0 }
 }
 
 /// Treats the moments m and v (of one length).

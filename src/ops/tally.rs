@@ -10,9 +10,34 @@ pub struct Tally {
     pub squares: f64,
     /// What the gradient is multiplied with; NaN where loss or gradient are not finite: nothing is to move then.
     pub factor: f64,
+    /// Sum of what the processes of a job signalled to each other with this update.
+    pub signals: f64,
 }
 
+/// Elements of one process's share of an update's numbers, see [`super::Device::share_tally`].
+pub const TALLY_SHARE: usize = 4;
+
 impl Tally {
+    /// The loss in three numbers that add up to it, and a signal.
+    pub fn share(&self, signal: f32) -> [f32; TALLY_SHARE] {
+        let mut rest = self.loss;
+        let mut part = || {
+            let part = rest as f32;
+            rest -= f64::from(part);
+            part
+        };
+        [part(), part(), part(), signal]
+    }
+
+    /// Replaces loss and signals by the sums of these shares, in their order.
+    pub fn join(&mut self, shares: &[f32]) {
+        (self.loss, self.signals) = (0.0, 0.0);
+        for share in shares.chunks_exact(TALLY_SHARE) {
+            self.loss += share[..3].iter().map(|part| f64::from(*part)).sum::<f64>();
+            self.signals += f64::from(share[3]);
+        }
+    }
+
     /// Sets the factor: `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`; 1 for a `max_norm` of 0.
     pub fn clip(&mut self, max_norm: f64) {
         let norm = self.squares.sqrt();
@@ -29,9 +54,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn shares_add_up_to_the_last_bit() {
+        let losses = [std::f64::consts::PI, 1e-9 / 3.0, 12.5];
+        let share = |loss: &f64| Tally { loss: *loss, ..Tally::default() }.share(0.5);
+        let mut tally = Tally { factor: 1.0, ..Tally::default() };
+        tally.join(losses.each_ref().map(share).as_flattened());
+        assert_eq!((tally.loss, tally.signals, tally.factor), (losses.iter().sum(), 1.5, 1.0));
+        for loss in [f64::NAN, f64::INFINITY] {
+            tally.join(&[share(&1.0), share(&loss)].concat());
+            assert!(!tally.loss.is_finite());
+        }
+    }
+
+    #[test]
     fn gradients_are_clipped_to_the_largest_norm_and_dropped_if_not_finite() {
         let factor = |loss, squares, max_norm| {
-            let mut tally = Tally { loss, squares, factor: 0.0 };
+            let mut tally = Tally { loss, squares, ..Tally::default() };
             tally.clip(max_norm);
             tally.factor
         };

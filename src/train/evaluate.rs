@@ -1,7 +1,7 @@
 //! Mean loss and perplexity on held-out windows.
 
 use super::tokens::{TokenShard, Windows};
-use crate::{error::Result, interrupt, model::Model, ops::Device};
+use crate::{collective::Collective, error::Result, interrupt, model::Model, ops::Device};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -16,28 +16,42 @@ pub struct Evaluation {
     pub predictions: u64,
 }
 
-/// Evaluates `model` on `windows` of `shard`, in the order of the file, until `max_predictions` is reached.
+/// Evaluates `model` on `windows` of `shard`, in the order of the file, until `max_predictions` is reached. The processes of
+/// `collective` share out the batches; the result has the same bits however many they are.
 pub fn evaluate<D: Device>(
     model: &mut Model<D>,
     shard: &TokenShard,
     windows: &Windows,
     batch_size: usize,
     max_predictions: u64,
+    collective: &dyn Collective<D>,
     bar: &ProgressBar,
 ) -> Result<Evaluation> {
-    let (mut sum, mut predictions, mut sample) = (0.0, 0, 0);
-    let mut tokens = Vec::new();
-    while sample < windows.count() && predictions < max_predictions {
-        interrupt::check()?;
-        let batch = batch_size.min((windows.count() - sample) as usize);
+    let per_window = (windows.max_length() - 1) as u64;
+    // Whole batches, until there are enough predictions.
+    let batches = max_predictions.div_ceil(per_window * batch_size as u64);
+    let count = windows.count().min(batches.saturating_mul(batch_size as u64));
+    let batches = count.div_ceil(batch_size as u64);
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let (mut own, mut tokens) = (Vec::new(), Vec::new());
+    for first in (rank as u64..batches).step_by(world_size).map(|i| i * batch_size as u64) {
+        if world_size == 1 {
+            interrupt::check()?;
+        }
+        let batch = batch_size.min((count - first) as usize);
         tokens.clear();
-        windows.read(shard, sample, batch, &mut tokens)?;
-        let (loss, n) = model.loss(&tokens, batch, windows.max_length())?;
-        sum += loss;
-        predictions += n;
-        sample += batch as u64;
-        bar.inc(batch as u64);
+        windows.read(shard, first, batch, &mut tokens)?;
+        own.extend(model.loss(&tokens, batch, windows.max_length())?.0.to_le_bytes());
+        bar.inc((batch * world_size) as u64);
     }
+    // By process: the sums of its batches. They are added in the order of the batches.
+    let all = collective.gather(&own)?;
+    let sum_of = |batch: usize| {
+        let bytes = &all[batch % world_size][size_of::<f64>() * (batch / world_size)..][..size_of::<f64>()];
+        f64::from_le_bytes(bytes.try_into().unwrap_or_default())
+    };
+    let sum: f64 = (0..batches as usize).map(sum_of).sum();
+    let predictions = count * per_window;
     let loss = sum / predictions as f64;
     Ok(Evaluation { loss, perplexity: loss.exp(), predictions })
 }

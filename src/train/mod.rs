@@ -2,6 +2,8 @@
 //!
 //! `config` -> `phase`s with their `schedule` -> `trainer` (the algorithm) inside a `session` (the run directory).
 
+mod alike;
+mod buckets;
 mod companions;
 pub mod config;
 pub mod evaluate;
@@ -15,6 +17,7 @@ pub mod prune;
 mod quantised;
 pub mod schedule;
 pub mod session;
+mod share;
 pub mod state;
 pub mod tensorboard;
 pub mod tokens;

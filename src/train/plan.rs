@@ -1,8 +1,9 @@
 //! What a training will need, before it starts: memory and arithmetic of every mode.
 
 use super::{
-    config::{Config, MixedPrecision, Mode},
+    config::{Config, MixedPrecision, Mode, OptimizerChoice},
     inputs::{architecture, preset},
+    share::Share,
 };
 use crate::{
     error::Result,
@@ -58,8 +59,8 @@ pub struct Plan {
     pub available: Option<u64>,
 }
 
-/// Lets the device get the memory of the run ready. Warnings, if it has not what the run asks for.
-pub(super) fn reserve<D: Device>(device: &D, config: &Config) -> Result<Vec<String>> {
+/// Lets the device get the memory of the run ready, of this one of `world_size` processes. Warnings, if it has not what the run asks for.
+pub(super) fn reserve<D: Device>(device: &D, config: &Config, world_size: usize) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
     let bf16 = config.train.mixed_precision == MixedPrecision::Bf16;
     if bf16 && device.width(Element::Bf16) == device.width(Element::F32) {
@@ -67,7 +68,7 @@ pub(super) fn reserve<D: Device>(device: &D, config: &Config) -> Result<Vec<Stri
     }
     // It decides about workspaces.
     device.allow_tf32(config.train.tf32);
-    let peak = peak(device, config)?;
+    let peak = peak(device, config, world_size)?;
     if let (false, Some(available)) = (device.reserve(peak), device.free_memory()) {
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
         warnings.push(format!(
@@ -80,15 +81,22 @@ pub(super) fn reserve<D: Device>(device: &D, config: &Config) -> Result<Vec<Stri
 }
 
 /// Bytes that the configured run takes on this device at its peak: with a warm start, the larger of both parts.
-fn peak<D: Device>(device: &D, config: &Config) -> Result<u64> {
+fn peak<D: Device>(device: &D, config: &Config, world_size: usize) -> Result<u64> {
     let llama = architecture(config)?;
     let bf16 = config.train.mixed_precision == MixedPrecision::Bf16;
     let mixed_precision = bf16 && device.width(Element::Bf16) < device.width(Element::F32);
-    let passes = memory::Passes { mixed_precision, frozen: config.frozen_store(), ..passes(config) };
+    let passes = memory::Passes {
+        mixed_precision,
+        frozen: config.frozen_store(),
+        ..passes(config, &Share::new(config, 0, world_size)?)
+    };
+    let holders = if config.train.optimizer == OptimizerChoice::AdamZero { world_size as u64 } else { 1 };
     let part = |lora: Option<&LoraSpec>| {
         let memory::Bytes { weights, gradients, optimiser, activations } =
             memory::elements(&llama, lora, passes).bytes(mixed_precision);
-        weights + gradients + optimiser + activations
+        // Those of the largest tensor stay together.
+        let largest = 8 * (llama.vocab_size * llama.hidden_size) as u64;
+        weights + gradients + optimiser.min(optimiser / holders + largest) + activations
     };
     let spec = config.relora.as_ref().map(LoraSpec::from);
     let own = part(spec.as_ref());
@@ -107,11 +115,11 @@ fn peak<D: Device>(device: &D, config: &Config) -> Result<u64> {
     Ok(all + merge + device.overhead(&shape, element))
 }
 
-fn passes(config: &Config) -> memory::Passes {
+fn passes(config: &Config, share: &Share) -> memory::Passes {
     memory::Passes {
-        batch: config.train.batch_size,
+        batch: share.batch,
         len: config.data.max_length,
-        accumulation: config.train.gradient_accumulation,
+        accumulation: share.passes,
         activation_checkpointing: config.train.activation_checkpointing,
         mixed_precision: false,
         frozen: Store::F32,
@@ -135,7 +143,7 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             models.push((name.clone(), preset(name)?));
         }
     }
-    let passes = passes(config);
+    let passes = passes(config, &Share::new(config, 0, 1)?);
     let process = Cpu.overhead(&AttentionShape { batch: 0, len: 0, heads: 0, kv_heads: 1, head_dim: 0 }, Element::F32);
     let needs = |name: &str, llama: &LlamaConfig, mode, dtype| {
         let lora = (mode != Mode::Full).then_some(&spec);
@@ -168,7 +176,7 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             dtypes.iter().map(move |dtype| needs(name, llama, mode, dtype))
         })
     });
-    let configured_peak = if presets.is_empty() { Some(peak(&Cpu, config)?) } else { None };
+    let configured_peak = if presets.is_empty() { Some(peak(&Cpu, config, 1)?) } else { None };
     Ok(Plan {
         batch_size: t.batch_size,
         max_length: config.data.max_length,
@@ -196,10 +204,10 @@ mod tests {
     #[test]
     fn a_run_that_does_not_fit_is_announced() {
         // Terabytes of activations, whatever machine this is; and 0.3 GiB.
-        let large = reserve(&Cpu, &config("llama_7b", 4096)).unwrap();
+        let large = reserve(&Cpu, &config("llama_7b", 4096), 1).unwrap();
         if Cpu.free_memory().is_some() {
             assert!(large.len() == 1 && large[0].contains("GiB to spare"), "{large:?}");
         }
-        assert!(reserve(&Cpu, &config("llama_9m", 1)).unwrap().is_empty());
+        assert!(reserve(&Cpu, &config("llama_9m", 1), 1).unwrap().is_empty());
     }
 }

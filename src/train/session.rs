@@ -1,11 +1,11 @@
 //! A run on disk: create or resume the folder, train, save, evaluate, restart, finish.
 
 use super::{
-    companions,
+    alike, companions,
     config::{Config, MixedPrecision, Mode, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
-    metrics::{EvalRow, MergeRow, Metrics, UpdateRow},
+    metrics::{EvalRow, MergeRow, Metrics, Row, UpdateRow},
     plan::reserve,
     state,
     tokens::{TokenShard, Windows},
@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     checkpoint::Checkpoint,
+    collective::Collective,
     error::{Error, Result},
     interrupt,
     model::{Model, Store},
@@ -25,6 +26,7 @@ use serde::Serialize;
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
@@ -47,8 +49,10 @@ pub struct Summary {
     pub evaluation: Option<Evaluation>,
     /// Seconds of this process.
     pub seconds: f64,
-    /// Training tokens per second of this process, evaluations and saving left out.
+    /// Training tokens per second of all processes together since they began, evaluations and saving left out.
     pub tokens_per_s: f64,
+    /// Processes that trained together.
+    pub world_size: usize,
     /// Updates skipped because loss or gradient were not finite.
     pub skipped: u64,
     /// The final checkpoint.
@@ -63,14 +67,18 @@ pub struct Summary {
     pub operations: Vec<OperationTime>,
 }
 
-/// A run in progress.
+/// A run in progress. Several processes may train it together: the first of them writes the files and reports; the others see the
+/// run directory in the same place, and only read it.
 pub struct Session<D: Device> {
     dir: RunDir,
     manifest: Manifest,
     trainer: Trainer<D>,
     validation: Option<(TokenShard, Windows)>,
-    metrics: Metrics,
+    /// Of the process that writes.
+    metrics: Option<Metrics>,
     progress: Progress,
+    /// Whether to save a checkpoint and stop.
+    interrupted: bool,
     started: Instant,
     train_seconds: f64,
     losses: Vec<f64>,
@@ -78,16 +86,22 @@ pub struct Session<D: Device> {
 
 impl<D: Device> Session<D> {
     /// Starts a run in `dir`, which must not exist. Everything is checked before the folder is created.
-    pub fn create(device: D, mut config: Config, dir: &Path, progress: &Progress) -> Result<Session<D>> {
-        if dir.symlink_metadata().is_ok() {
+    pub fn create(
+        device: D,
+        mut config: Config,
+        dir: &Path,
+        collective: &Arc<dyn Collective<D>>,
+        progress: &Progress,
+    ) -> Result<Session<D>> {
+        if collective.is_leader() && dir.symlink_metadata().is_ok() {
             return Err(Error::request(format!("run directory '{}' exists already", dir.display()))
                 .help(format!("choose another, or go on with: relora-kit train --resume {}", dir.display())));
         }
         resolve_warm_up(&mut config, progress)?;
-        reserve(&device, &config)?.iter().for_each(|warning| progress.warn(warning));
+        reserve(&device, &config, collective.world_size())?.iter().for_each(|warning| progress.warn(warning));
         let shard = TokenShard::open(&config.data.train)?;
         let model = initial_model(device, &config)?;
-        let trainer = Trainer::new(config.clone(), model, shard)?;
+        let trainer = Trainer::spread(config.clone(), model, shard, collective.clone())?;
         let validation = open_validation(&trainer)?;
         let manifest = Manifest {
             schema: 1,
@@ -107,7 +121,11 @@ impl<D: Device> Session<D> {
             finished: false,
         };
         trainer.model.device().status()?;
+        alike::check(&**collective, config.to_toml()?, &manifest.data, &trainer.model, trainer.step)?;
         let dir = RunDir(dir.to_owned());
+        if !collective.is_leader() {
+            return Ok(Self::new(dir, manifest, trainer, validation, None, progress));
+        }
         let staged = StagedDir::create(&dir.0, false)?;
         let config_path = staged.path().join("config.toml");
         fs::write(&config_path, config.to_toml()?).map_err(|e| Error::io("write", &config_path, e))?;
@@ -115,7 +133,7 @@ impl<D: Device> Session<D> {
         companions::collect(&config, trainer.shard(), &staged.path().join(RunDir::TOKENIZER), progress)?;
         staged.commit()?;
         let metrics = Metrics::open(&dir.metrics_path(), 0)?;
-        Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
+        Ok(Self::new(dir, manifest, trainer, validation, Some(metrics), progress))
     }
 
     /// [`Session::create`], or [`Session::resume`] if the run exists and has this configuration. `None`: it is finished.
@@ -123,35 +141,38 @@ impl<D: Device> Session<D> {
         device: D,
         mut config: Config,
         dir: &Path,
+        collective: &Arc<dyn Collective<D>>,
         progress: &Progress,
     ) -> Result<Option<Session<D>>> {
-        if dir.symlink_metadata().is_err() {
-            return Session::create(device, config, dir, progress).map(Some);
+        // The first process may have created it before another looks.
+        let exists = collective.gather(&[u8::from(dir.symlink_metadata().is_ok())])?;
+        if exists[0] == [0] {
+            return Session::create(device, config, dir, collective, progress).map(Some);
         }
         let run = RunDir(dir.to_owned());
         let manifest = run.manifest()?;
         resolve_warm_up(&mut config, &Progress::hidden())?;
         let (wanted, found) = (config.to_toml()?, Config::read(&run.config_path(), &[])?.to_toml()?);
-        let line = |text: &str, at: usize| text.lines().nth(at).unwrap_or("nothing").to_owned();
-        if let Some(at) =
-            (0..wanted.lines().count().max(found.lines().count())).find(|&at| line(&wanted, at) != line(&found, at))
-        {
+        if let Some((found, wanted)) = alike::first_difference(&found, &wanted) {
             return Err(Error::request(format!(
-                "run '{}' has another configuration: '{}' instead of '{}'",
-                dir.display(),
-                line(&found, at),
-                line(&wanted, at)
+                "run '{}' has another configuration: '{found}' instead of '{wanted}'",
+                dir.display()
             ))
             .help(format!("choose another run directory, or go on as it is with --resume {}", dir.display())));
         }
         match manifest.finished {
             true => Ok(None),
-            false => Session::resume(device, dir, progress).map(Some),
+            false => Session::resume(device, dir, collective, progress).map(Some),
         }
     }
 
     /// Goes on with the run in `dir`, from its newest checkpoint.
-    pub fn resume(device: D, dir: &Path, progress: &Progress) -> Result<Session<D>> {
+    pub fn resume(
+        device: D,
+        dir: &Path,
+        collective: &Arc<dyn Collective<D>>,
+        progress: &Progress,
+    ) -> Result<Session<D>> {
         let dir = RunDir(dir.to_owned());
         let mut manifest = dir.manifest()?;
         if manifest.finished {
@@ -159,23 +180,23 @@ impl<D: Device> Session<D> {
                 .help("start a new run from its last checkpoint with [model] checkpoint"));
         }
         let config = Config::read(&dir.config_path(), &[])?;
-        if let Some((name, _)) = hash_data(&config)?.iter().find(|(name, hash)| manifest.data.get(*name) != Some(hash))
-        {
+        let data = hash_data(&config)?;
+        if let Some((name, _)) = data.iter().find(|(name, hash)| manifest.data.get(*name) != Some(hash)) {
             return Err(Error::request(format!(
                 "the {name} data differ from those that run '{}' began with",
                 dir.0.display()
             ))
             .help("restore the token shard; a run cannot change its data"));
         }
-        reserve(&device, &config)?.iter().for_each(|warning| progress.warn(warning));
+        reserve(&device, &config, collective.world_size())?.iter().for_each(|warning| progress.warn(warning));
         let shard = TokenShard::open(&config.data.train)?;
-        let trainer = match newest_sound_checkpoint(&dir, progress)? {
-            None => Trainer::new(config.clone(), initial_model(device, &config)?, shard)?,
+        let trainer = match agreed_checkpoint(&dir, &**collective, progress)? {
+            None => Trainer::spread(config.clone(), initial_model(device, &config)?, shard, collective.clone())?,
             Some(folder) => {
                 let store = if state::is_low_rank(&folder)? { config.frozen_store() } else { Store::F32 };
                 let mixed = config.train.mixed_precision == MixedPrecision::Bf16;
                 let model = Model::load_kept(device, &Checkpoint::open(&folder)?, store, mixed)?;
-                let mut trainer = Trainer::new(config.clone(), model, shard)?;
+                let mut trainer = Trainer::spread(config.clone(), model, shard, collective.clone())?;
                 state::restore(&mut trainer, &folder)?;
                 trainer
             }
@@ -185,9 +206,10 @@ impl<D: Device> Session<D> {
         if manifest.base.as_ref().is_some_and(|b| b.step >= trainer.step) && trainer.cycle == 0 {
             manifest.base = None;
         }
+        alike::check(&**collective, config.to_toml()?, &data, &trainer.model, trainer.step)?;
         progress.info(&format!("resuming '{}' after update {}", dir.0.display(), trainer.step));
         let validation = open_validation(&trainer)?;
-        let metrics = Metrics::open(&dir.metrics_path(), trainer.step)?;
+        let metrics = collective.is_leader().then(|| Metrics::open(&dir.metrics_path(), trainer.step)).transpose()?;
         Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
     }
 
@@ -196,7 +218,7 @@ impl<D: Device> Session<D> {
         manifest: Manifest,
         trainer: Trainer<D>,
         validation: Option<(TokenShard, Windows)>,
-        metrics: Metrics,
+        metrics: Option<Metrics>,
         progress: &Progress,
     ) -> Session<D> {
         Session {
@@ -206,6 +228,7 @@ impl<D: Device> Session<D> {
             validation,
             metrics,
             progress: progress.clone(),
+            interrupted: false,
             started: Instant::now(),
             train_seconds: 0.0,
             losses: Vec::new(),
@@ -242,6 +265,7 @@ impl<D: Device> Session<D> {
             if self.trainer.restart_is_due() {
                 self.save_cycle()?;
                 let retention = self.trainer.restart();
+                alike::check_weights(&**self.trainer.collective(), &self.trainer.model, self.trainer.step)?;
                 self.note_retention(retention)?;
             }
             self.after_update()?;
@@ -254,6 +278,7 @@ impl<D: Device> Session<D> {
         let began = Instant::now();
         let cycle = self.trainer.cycle;
         let update = self.trainer.update()?;
+        self.interrupted = update.interrupted;
         let seconds = began.elapsed().as_secs_f64();
         self.train_seconds += seconds;
         let per_update = self.trainer.config().tokens_per_update();
@@ -268,7 +293,7 @@ impl<D: Device> Session<D> {
             restarts: cycle.saturating_sub(1),
             skipped: update.outcome != UpdateOutcome::Applied,
         };
-        self.metrics.write(&row)?;
+        self.write(&row)?;
         Ok((row, update))
     }
 
@@ -283,10 +308,12 @@ impl<D: Device> Session<D> {
         if eval_every > 0 && step.is_multiple_of(eval_every) {
             self.evaluate(eval_tokens)?;
         }
-        if save || interrupt::requested() {
+        if save || self.interrupted {
             self.save_checkpoint()?;
         }
-        if interrupt::requested() {
+        if self.interrupted {
+            // The first process is still writing.
+            self.trainer.collective().barrier()?;
             return Err(Error::world(format!("interrupted after update {step}; a checkpoint was saved"))
                 .help(format!("go on with: relora-kit train --resume {}", self.dir.0.display())));
         }
@@ -295,18 +322,37 @@ impl<D: Device> Session<D> {
 
     fn start_cycles(&mut self) -> Result<()> {
         self.trainer.freeze_projections();
+        if self.leads() {
+            self.save_base()?;
+        }
+        self.trainer.start_cycles()?;
+        alike::check_weights(&**self.trainer.collective(), &self.trainer.model, self.trainer.step)
+    }
+
+    fn save_base(&mut self) -> Result<()> {
         let staged = StagedDir::create(&self.dir.base_path(), true)?;
         state::save_model(&self.trainer.model, self.trainer.config().train.dtype, staged.path())?;
         companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         staged.commit()?;
         let files = sha256_folder(&self.dir.base_path())?;
         self.manifest.base = Some(BaseRecord { step: self.trainer.step, files });
-        self.write_manifest()?;
-        self.trainer.start_cycles()
+        self.write_manifest()
+    }
+
+    /// Whether this process writes.
+    fn leads(&self) -> bool {
+        self.trainer.collective().is_leader()
+    }
+
+    fn write<R: Row>(&mut self, row: &R) -> Result<()> {
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.write(row))
     }
 
     /// Saves A and B of the cycle that ends now, and the parameters trained in full.
     fn save_cycle(&mut self) -> Result<()> {
+        if !self.leads() {
+            return Ok(());
+        }
         let cycle = self.trainer.cycle;
         let folder = RunDir::cycle_folder(cycle);
         let path = self.dir.0.join(&folder);
@@ -333,17 +379,20 @@ impl<D: Device> Session<D> {
         let (Some(retention), Some(record)) = (retention, self.manifest.cycles.last_mut()) else { return Ok(()) };
         record.retention = Some(retention);
         let row = MergeRow { step: self.trainer.step, merged_cycle: record.cycle, retention };
-        self.metrics.write(&row)?;
         let line = format!("cycle {}: {:.1}% of the delta survived rounding", row.merged_cycle, 100.0 * retention);
         if retention < 0.9 {
             self.progress.warn(&line)
         } else {
             self.progress.detail(&line)
         }
+        self.write(&row)?;
         self.write_manifest()
     }
 
     fn save_checkpoint(&mut self) -> Result<()> {
+        if !self.leads() {
+            return state::send_moments(&self.trainer);
+        }
         let step = self.trainer.step;
         let folder = RunDir::checkpoint_folder(step);
         let path = self.dir.0.join(&folder);
@@ -377,20 +426,19 @@ impl<D: Device> Session<D> {
         let Some((shard, windows)) = &self.validation else { return Ok(None) };
         let bar = self.progress.count("evaluating", windows.count());
         let batch_size = self.trainer.config().train.batch_size;
-        let result = evaluate(&mut self.trainer.model, shard, windows, batch_size, max_predictions, &bar);
+        let collective = self.trainer.collective().clone();
+        let result = evaluate(&mut self.trainer.model, shard, windows, batch_size, max_predictions, &*collective, &bar);
         bar.finish_and_clear();
         let e = match result {
             // The checkpoint that an interruption wants is saved by the caller.
-            Err(_) if interrupt::requested() => return Ok(None),
+            Err(_) if collective.world_size() == 1 && interrupt::requested() => {
+                self.interrupted = true;
+                return Ok(None);
+            }
             result => result?,
         };
         let step = self.trainer.step;
-        self.metrics.write(&EvalRow {
-            step,
-            eval_loss: e.loss,
-            perplexity: e.perplexity,
-            eval_tokens: e.predictions,
-        })?;
+        self.write(&EvalRow { step, eval_loss: e.loss, perplexity: e.perplexity, eval_tokens: e.predictions })?;
         self.progress.info(&format!("step {step} eval loss {:.4} perplexity {:.2}", e.loss, e.perplexity));
         Ok(Some(e))
     }
@@ -418,6 +466,7 @@ impl<D: Device> Session<D> {
             evaluation,
             seconds: self.started.elapsed().as_secs_f64(),
             tokens_per_s: (updates * self.trainer.config().tokens_per_update()) as f64 / self.train_seconds,
+            world_size: self.trainer.collective().world_size(),
             skipped: self.trainer.skipped,
             checkpoint: self.dir.0.join(RunDir::checkpoint_folder(self.trainer.step)),
             run: self.dir.0,
@@ -450,6 +499,26 @@ fn checkpoint_steps(dir: &RunDir) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = entries.filter_map(|entry| step(entry.ok()?.file_name().to_str()?)).collect();
     steps.sort_unstable_by(|a, b| b.cmp(a));
     Ok(steps)
+}
+
+/// The checkpoint that all processes go on from: the first one's choice.
+fn agreed_checkpoint<D: Device>(
+    dir: &RunDir,
+    collective: &dyn Collective<D>,
+    progress: &Progress,
+) -> Result<Option<PathBuf>> {
+    let own = if collective.is_leader() { newest_sound_checkpoint(dir, progress)? } else { None };
+    let name = own.as_deref().and_then(Path::file_name).unwrap_or_default();
+    let name = collective.gather(name.as_encoded_bytes())?.swap_remove(0);
+    if name.is_empty() || own.is_some() {
+        return Ok(own);
+    }
+    let folder = dir.0.join("checkpoints").join(String::from_utf8_lossy(&name).as_ref());
+    match folder.is_dir() {
+        true => Ok(Some(folder)),
+        false => Err(Error::request(format!("rank 0 goes on from '{}', which is not there here", folder.display()))
+            .help("keep the run directory where all machines see it under the same path")),
+    }
 }
 
 /// The newest checkpoint whose files have the hashes they were written with; `None` if none was ever saved.

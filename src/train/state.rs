@@ -130,7 +130,8 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
     save_with(folder, &config, &modules, &full, &metadata)
 }
 
-/// Writes a checkpoint into `folder`, which exists and is staged.
+/// Writes a checkpoint into `folder`, which exists and is staged. Where several processes share out the moments, the others
+/// call [`send_moments`] meanwhile.
 pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result<()> {
     let model = &trainer.model;
     save_model(model, trainer.config().train.dtype, folder)?;
@@ -155,28 +156,59 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
         } else if model.lora().is_some()
             && !matches!(param.kind, ParamKind::Embedding | ParamKind::Norm | ParamKind::Head)
         {
-            let dtype = kept_as(param, trainer.config().train.dtype);
-            tensors.push((format!("param.{}", param.name), dtype, &param.shape, &param.value));
-        }
-        if let Some(moments) = trainer.optimizer.moments.get(&param.name) {
-            tensors.push((format!("exp_avg.{}", param.name), Dtype::F32, &param.shape, &moments.m));
-            tensors.push((format!("exp_avg_sq.{}", param.name), Dtype::F32, &param.shape, &moments.v));
+            tensors.push((format!("param.{}", param.name), kept_as(param, trainer.config().train.dtype), param));
         }
     }
-    let specs: Vec<_> = tensors
-        .iter()
-        .map(|(name, dtype, shape, _)| TensorSpec { name: name.clone(), dtype: *dtype, shape: shape.to_vec() })
+    let spec = |name: String, dtype, shape: &[usize]| TensorSpec { name, dtype, shape: shape.to_vec() };
+    let moments = model.params().iter().filter(|p| trainer.optimizer.moments.contains_key(&p.name));
+    let specs: Vec<_> = (tensors.iter().map(|(name, dtype, param)| spec(name.clone(), *dtype, &param.shape)))
+        .chain(moments.flat_map(|p| MOMENTS.map(|which| spec(format!("{which}.{}", p.name), Dtype::F32, &p.shape))))
         .chain(quantised.iter().map(|(spec, _)| spec.clone()))
         .collect();
     let writer = Writer::create_file(&folder.join(TENSORS), &specs, &BTreeMap::new())?;
-    for (name, dtype, _, buffer) in &tensors {
-        writer.write_f32(name, *dtype, &model.device().view(buffer))?;
+    for (name, dtype, param) in &tensors {
+        writer.write_f32(name, *dtype, &model.device().view(&param.value))?;
     }
+    each_moment(trainer, |name, values| writer.write_f32(name, Dtype::F32, &model.device().view(values)))?;
     for (spec, bytes) in &quantised {
         writer.write(&spec.name, 0, bytes)?;
     }
     model.device().status()?;
     writer.finish()
+}
+
+/// Takes part in another process's [`save_checkpoint`], with the moments that are here.
+pub fn send_moments<D: Device>(trainer: &Trainer<D>) -> Result<()> {
+    if trainer.optimizer.holders().world_size() > 1 {
+        each_moment(trainer, |_, _| Ok(()))?;
+    }
+    Ok(())
+}
+
+/// The names of the moments in a checkpoint, before those of the parameters.
+const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
+
+/// Calls `see` with the name and values of all moments, also of those that other processes have: all do this together.
+fn each_moment<D: Device>(trainer: &Trainer<D>, mut see: impl FnMut(&str, &D::Buffer) -> Result<()>) -> Result<()> {
+    let (device, params, optimizer) = (trainer.model.device(), trainer.model.params(), &trainer.optimizer);
+    let holders = optimizer.holders();
+    for (param, owner) in params.iter().zip(optimizer.owners(params)) {
+        let Some(moments) = optimizer.moments.get(&param.name) else { continue };
+        for (which, values) in MOMENTS.into_iter().zip([&moments.m, &moments.v]) {
+            let name = format!("{which}.{}", param.name);
+            if holders.world_size() == 1 {
+                see(&name, values)?;
+                continue;
+            }
+            let mut travelling = device.zeros(param.elements());
+            if owner == holders.rank() {
+                device.copy(values, &mut travelling);
+            }
+            holders.broadcast(device, owner, &mut travelling)?;
+            see(&name, &travelling)?;
+        }
+    }
+    Ok(())
 }
 
 /// Notes the hash of every file of the checkpoint in `folder` inside it; call it last.
@@ -232,10 +264,11 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
     trainer.cycle_start = counters.cycle_start;
     trainer.skipped = counters.skipped;
 
+    let (owners, rank) = (trainer.optimizer.owners(trainer.model.params()), trainer.optimizer.holders().rank());
     let path = folder.join(TENSORS);
     let state = Checkpoint::from_files(&path, vec![TensorFile::open(&path)?])?;
     let (device, params) = trainer.model.device_and_params_mut();
-    for param in params.iter_mut() {
+    for (param, owner) in params.iter_mut().zip(owners) {
         let read = |prefix: &str| -> Result<Option<Vec<f32>>> {
             let Some(tensor) = state.get(&format!("{prefix}.{}", param.name)) else { return Ok(None) };
             if tensor.shape() != param.shape {
@@ -249,7 +282,7 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
             }
             Ok(Some(tensor.to_f32()?.into_owned()))
         };
-        let (value, m, v) = (read("param")?, read("exp_avg")?, read("exp_avg_sq")?);
+        let (value, m, v) = (read("param")?, read(MOMENTS[0])?, read(MOMENTS[1])?);
         if let Store::Quantised(how) = param.store {
             let values = quantised::read(&state, &param.name, how, [param.shape[0], param.shape[1]])?;
             param.write_quantised(device, &values);
@@ -258,7 +291,8 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
         }
         if let (Some(m), Some(v)) = (m, v) {
             let t = counters.adam_steps.get(&param.name).copied().unwrap_or(0);
-            let moments = Moments { m: device.upload(&m), v: device.upload(&v), t };
+            let upload = |values: &[f32]| device.upload(if owner == rank { values } else { &[] });
+            let moments = Moments { m: upload(&m), v: upload(&v), t };
             trainer.optimizer.moments.insert(param.name.clone(), moments);
         }
     }

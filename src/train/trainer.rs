@@ -4,16 +4,21 @@
 //! A and B; at every restart `W += s B A`, A is drawn anew, B = 0, and the optimiser state of A and B is pruned.
 
 use super::{
-    config::{Config, MixedPrecision, WeightDtype, WeightRounding},
+    buckets::Buckets,
+    config::{Config, MixedPrecision, OptimizerChoice, WeightDtype, WeightRounding},
     optim::Optimizer,
     phase::Phase,
+    share::Share,
     tokens::{TokenShard, Windows, mix},
 };
 use crate::{
+    collective::{Alone, Collective},
     error::{Error, Result},
+    interrupt,
     model::{LoraSpec, Model, ParamKind, Store},
-    ops::{Device, Rounding, Tally},
+    ops::{Device, Rounding, TALLY_SHARE, Tally},
 };
+use std::sync::Arc;
 
 /// A model in training, and where it is.
 pub struct Trainer<D: Device> {
@@ -25,6 +30,8 @@ pub struct Trainer<D: Device> {
     pub optimizer: Optimizer<D>,
     shard: TokenShard,
     windows: Windows,
+    collective: Arc<dyn Collective<D>>,
+    share: Share,
     /// Updates made.
     pub step: u64,
     /// The cycle being trained, from 1; 0 before the first.
@@ -47,6 +54,8 @@ pub struct Update {
     pub grad_norm: f64,
     /// Whether the weights moved.
     pub outcome: UpdateOutcome,
+    /// Whether someone wants the training to stop here: in this process or, as all learn with the same update, another.
+    pub interrupted: bool,
 }
 
 /// What became of an update.
@@ -64,8 +73,19 @@ pub enum UpdateOutcome {
 const MAX_SKIPPED: f64 = 0.05;
 
 impl<D: Device> Trainer<D> {
-    /// Starts at update 0.
+    /// Starts at update 0, in one process.
     pub fn new(config: Config, model: Model<D>, shard: TokenShard) -> Result<Self> {
+        Self::spread(config, model, shard, Arc::new(Alone))
+    }
+
+    /// [`Trainer::new`], as one of the processes of `collective`: each computes its share of the windows of every update, and
+    /// all make the same update.
+    pub fn spread(
+        config: Config,
+        model: Model<D>,
+        shard: TokenShard,
+        collective: Arc<dyn Collective<D>>,
+    ) -> Result<Self> {
         if shard.vocab_size() > model.config().vocab_size {
             return Err(Error::request(format!(
                 "'{}' has a vocabulary of {} ids, the model one of {}",
@@ -96,15 +116,19 @@ impl<D: Device> Trainer<D> {
         let held_out = if config.data.validation.is_some() { 0.0 } else { config.data.validation_fraction };
         let seed = config.data.shuffle.then_some(config.train.seed);
         let (windows, _) = Windows::split(&shard, config.data.max_length, seed, held_out)?;
+        let share = Share::new(&config, collective.rank(), collective.world_size())?;
+        let sharded = config.train.optimizer == OptimizerChoice::AdamZero;
         let phases = config.phases();
         let step = config.model.warmed_up_steps.unwrap_or(0);
         let mut trainer = Trainer {
             config,
             phases,
             model,
-            optimizer: Optimizer::new(),
+            optimizer: Optimizer::new(if sharded { collective.clone() } else { Arc::new(Alone) }),
             shard,
             windows,
+            collective,
+            share,
             step,
             cycle: 0,
             cycle_start: 0,
@@ -116,13 +140,18 @@ impl<D: Device> Trainer<D> {
         trainer.model.set_trainable(|_| true);
         trainer.model.set_mixed_precision(trainer.config.train.mixed_precision == MixedPrecision::Bf16);
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
-        trainer.model.set_gradient_accumulation(trainer.config.train.gradient_accumulation > 1);
+        trainer.model.set_gradient_accumulation(share.passes > 1);
         Ok(trainer)
     }
 
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The processes that train together.
+    pub fn collective(&self) -> &Arc<dyn Collective<D>> {
+        &self.collective
     }
 
     /// The data.
@@ -249,30 +278,27 @@ impl<D: Device> Trainer<D> {
     /// One update: forward and backward over the batch, clipping, AdamW.
     pub fn update(&mut self) -> Result<Update> {
         let t = self.config.train.clone();
-        let (batch, accumulation, len) = (t.batch_size, t.gradient_accumulation, self.config.data.max_length);
-        let mut sample = self.step * (batch * accumulation) as u64;
         let lr = self.phase().lr_after(self.step);
         if t.skip_batches.contains(&(self.step + 1)) {
             self.step += 1;
-            return Ok(Update { loss: f64::NAN, lr, grad_norm: f64::NAN, outcome: UpdateOutcome::PassedOver });
+            let outcome = UpdateOutcome::PassedOver;
+            return Ok(Update {
+                loss: f64::NAN,
+                lr,
+                grad_norm: f64::NAN,
+                outcome,
+                interrupted: self.alone_and_asked(),
+            });
         }
-        let mut tally = self.model.device().tally();
-        for pass in 0..accumulation {
-            self.model.set_dropout_key(mix(t.seed ^ mix(self.step ^ mix(pass as u64))));
-            self.tokens.clear();
-            self.windows.read(&self.shard, sample, batch, &mut self.tokens)?;
-            let share = 1.0 / accumulation as f32;
-            self.model.forward_backward_then(&self.tokens, batch, len, share, &mut tally, &mut |_, _, _| {})?;
-            sample += batch as u64;
-        }
-        Optimizer::measure(&self.model, t.clip_grad_norm, &mut tally);
-        self.optimizer.update(&mut self.model, lr, &tally, &t);
+        let tally = self.gradients(t.clip_grad_norm)?;
+        self.optimizer.update(&mut self.model, lr, &tally, &t)?;
         // Where nothing moved, this moves nothing either.
         let (mode, seed, low_rank) = (t.rounding, self.rounding_seed(), self.model.lora().is_some());
         self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
 
         // Here the host waits, and nowhere else.
-        let Tally { loss, squares, factor } = self.model.device().read_tally(&tally)?;
+        let Tally { loss, squares, factor, signals } = self.model.device().read_tally(&tally)?;
+        let interrupted = signals > 0.0 || self.alone_and_asked();
         let (grad_norm, applied) = (squares.sqrt(), !factor.is_nan());
         match applied {
             true => self.optimizer.count_update(&self.model),
@@ -292,7 +318,49 @@ impl<D: Device> Trainer<D> {
             .help("lower train.lr or lengthen train.restart_warmup_steps, and resume from the last checkpoint"));
         }
         let outcome = if applied { UpdateOutcome::Applied } else { UpdateOutcome::NotFinite };
-        Ok(Update { loss, lr, grad_norm, outcome })
+        Ok(Update { loss, lr, grad_norm, outcome, interrupted })
+    }
+
+    /// Forward and backward over the update's batch: the gradients of all processes together are with the parameters, and
+    /// measured.
+    fn gradients(&mut self, max_norm: f64) -> Result<D::Tally> {
+        let (share, len) = (self.share, self.config.data.max_length);
+        let seed = mix(self.config.train.seed ^ mix(self.step));
+        let collective = self.collective.clone();
+        let alone = collective.world_size() == 1;
+        let mut tally = self.model.device().tally();
+        let mut buckets = Buckets::new(&*collective);
+        for pass in 0..share.passes {
+            let window = share.first + pass * share.batch;
+            self.model.set_dropout_key(seed, window);
+            self.tokens.clear();
+            let sample = self.step * share.total as u64 + window as u64;
+            self.windows.read(&self.shard, sample, share.batch, &mut self.tokens)?;
+            let scale = share.batch as f32 / share.total as f32;
+            let last = pass + 1 == share.passes && !alone;
+            let mut ready = |device: &D, params: &mut [_], places: &[usize]| {
+                if last {
+                    buckets.take(device, params, places);
+                }
+            };
+            self.model.forward_backward_then(&self.tokens, share.batch, len, scale, &mut tally, &mut ready)?;
+        }
+        if !alone {
+            let device = self.model.device();
+            let mut numbers = device.zeros(TALLY_SHARE * collective.world_size());
+            let signal = if interrupt::requested() { 1.0 } else { 0.0 };
+            device.share_tally(&tally, signal, collective.rank(), &mut numbers);
+            let (device, params) = self.model.device_and_params_mut();
+            let numbers = buckets.finish(device, params, numbers)?;
+            device.join_tally(&numbers, &mut tally);
+        }
+        Optimizer::measure(&self.model, max_norm, &mut tally);
+        Ok(tally)
+    }
+
+    /// Whether the only process is to stop. Several agree on it, by the numbers of an update.
+    fn alone_and_asked(&self) -> bool {
+        self.collective.world_size() == 1 && interrupt::requested()
     }
 
     /// Rank and scale of the delta, from the configuration.

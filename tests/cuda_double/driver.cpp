@@ -484,6 +484,11 @@ CUresult cuDeviceGetName(char* name, int len, int) {
     return OK;
 }
 
+CUresult cuDeviceGetPCIBusId(char* id, int len, int device) {
+    snprintf(id, len, "0000:%02x:00.0", device);
+    return OK;
+}
+
 CUresult cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
         case 75: *value = (int)setting("CUDA_DOUBLE_CAPABILITY", 80) / 10; return OK;

@@ -16,7 +16,7 @@ pub struct CudaTokens {
     pub(super) host: Vec<u32>,
 }
 
-/// Three f64: loss, sum of squares, factor.
+/// Four f64: loss, sum of squares, factor, signals.
 pub struct CudaTally(pub(super) Memory);
 
 /// Bytes of an element.

@@ -13,7 +13,7 @@ use crate::{
     error::Result,
     ops::{
         AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised,
-        RopeShape, Rounding, Tally, prune,
+        RopeShape, Rounding, TALLY_SHARE, Tally, prune,
     },
 };
 use half::bf16;
@@ -60,6 +60,12 @@ impl Cuda {
         let mut sum = [0f64];
         self.attempt(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
     }
+}
+
+/// The arguments of both kernels of dropout.
+fn dropout_args(dropout: Dropout, n: usize, from: &CudaBuffer, to: &CudaBuffer) -> [Arg; 7] {
+    let (first, threshold, factor) = (dropout.first_counter(), dropout.threshold(), dropout.factor());
+    [from.into(), to.into(), n.into(), first.into(), dropout.key.into(), threshold.into(), factor.into()]
 }
 
 impl Device for Cuda {
@@ -207,15 +213,15 @@ impl Device for Cuda {
     }
 
     fn dropout_forward(&self, dropout: Dropout, x: &CudaBuffer, y: &mut CudaBuffer) {
-        let (n, key, threshold, factor) = (x.len.min(y.len), dropout.key, dropout.threshold(), dropout.factor());
-        let args = [x.into(), (&y).into(), n.into(), key.into(), threshold.into(), factor.into()];
+        let n = x.len.min(y.len);
+        let args = dropout_args(dropout, n, x, y);
         assert_eq!(x.element, y.element, "dropout: elements");
         self.launch_each(typed!("dropout_forward", x.element), n, &args);
     }
 
     fn dropout_backward(&self, dropout: Dropout, dy: &CudaBuffer, dx: &mut CudaBuffer) {
-        let (n, key, threshold, factor) = (dy.len.min(dx.len), dropout.key, dropout.threshold(), dropout.factor());
-        let args = [dy.into(), (&dx).into(), n.into(), key.into(), threshold.into(), factor.into()];
+        let n = dy.len.min(dx.len);
+        let args = dropout_args(dropout, n, dy, dx);
         assert_eq!(dx.element, dy.element, "dropout: elements");
         self.launch_each(typed!("dropout_backward", dx.element), n, &args);
     }
@@ -470,7 +476,7 @@ impl Device for Cuda {
     }
 
     fn tally(&self) -> CudaTally {
-        let mut memory = self.allocate(6);
+        let mut memory = self.allocate(8);
         self.attempt(|_| memory.fill(0));
         CudaTally(memory)
     }
@@ -488,10 +494,22 @@ impl Device for Cuda {
     }
 
     fn read_tally(&self, tally: &CudaTally) -> Result<Tally> {
-        let mut numbers = [f64::NAN; 3];
+        let mut numbers = [f64::NAN; 4];
         self.attempt(|_| tally.0.read(&mut numbers));
-        let [loss, squares, factor] = numbers;
-        self.first_failure().map_or(Ok(Tally { loss, squares, factor }), Err)
+        let [loss, squares, factor, signals] = numbers;
+        self.first_failure().map_or(Ok(Tally { loss, squares, factor, signals }), Err)
+    }
+
+    fn share_tally(&self, tally: &CudaTally, signal: f32, place: usize, shares: &mut CudaBuffer) {
+        assert!(TALLY_SHARE * (place + 1) <= shares.len, "share_tally: place {place}");
+        only_f32("share_tally", &[shares]);
+        self.launch("share_tally", [1; 3], 0, &[tally.at(0), signal.into(), shares.at(TALLY_SHARE * place)]);
+    }
+
+    fn join_tally(&self, shares: &CudaBuffer, tally: &mut CudaTally) {
+        only_f32("join_tally", &[shares]);
+        let count = shares.len / TALLY_SHARE;
+        self.launch("join_tally", [1; 3], 0, &[shares.into(), count.into(), tally.at(0)]);
     }
 
     fn adamw(

@@ -15,6 +15,8 @@ pub struct Gpu {
     pub name: String,
     /// As NVIDIA sells it.
     pub model: String,
+    /// Where it is on the machine's PCI bus.
+    pub bus_id: String,
     /// Compute capability, 80 for 8.0.
     pub capability: u32,
     handle: sys::CUdevice,
@@ -70,6 +72,8 @@ impl Gpu {
             call("cuDeviceGet", sys::cuDeviceGet(&mut handle, ordinal as c_int))?;
             let mut model = [0 as c_char; 256];
             call("cuDeviceGetName", sys::cuDeviceGetName(model.as_mut_ptr(), 255, handle))?;
+            let mut bus_id = [0 as c_char; 64];
+            call("cuDeviceGetPCIBusId", sys::cuDeviceGetPCIBusId(bus_id.as_mut_ptr(), 63, handle))?;
             let attribute = |which| {
                 let mut value = 0;
                 call("cuDeviceGetAttribute", sys::cuDeviceGetAttribute(&mut value, which, handle))?;
@@ -92,6 +96,7 @@ impl Gpu {
             Ok(Gpu {
                 name,
                 model: CStr::from_ptr(model.as_ptr()).to_string_lossy().into_owned(),
+                bus_id: CStr::from_ptr(bus_id.as_ptr()).to_string_lossy().into_owned(),
                 capability: 10 * major + minor,
                 handle,
                 context,

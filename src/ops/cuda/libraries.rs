@@ -38,6 +38,7 @@ const NEEDED: [Needed; 3] = [
             "cuDeviceGetAttribute",
             "cuDeviceGetCount",
             "cuDeviceGetName",
+            "cuDeviceGetPCIBusId",
             "cuDevicePrimaryCtxRelease_v2",
             "cuDevicePrimaryCtxRetain",
             "cuDriverGetVersion",

@@ -104,6 +104,11 @@ impl Cuda {
         &self.0.gpu.model
     }
 
+    /// Where the GPU is on its machine's PCI bus.
+    pub fn bus_id(&self) -> &str {
+        &self.0.gpu.bus_id
+    }
+
     /// Runs `work`, unless something failed before; its failure is remembered.
     fn attempt<T>(&self, work: impl FnOnce(&Arc<Gpu>) -> Result<T>) -> Option<T> {
         let mut failure = self.0.failure.lock().unwrap_or_else(PoisonError::into_inner);

@@ -101,6 +101,17 @@ pub enum MixedPrecision {
     Bf16,
 }
 
+/// Where AdamW keeps its moments; the names are the official code's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerChoice {
+    /// In every process.
+    #[default]
+    Adam,
+    /// Shared out over the processes: less memory in each, more that travels. The same weights, bit for bit.
+    AdamZero,
+}
+
 /// How weights become bf16 after an update or a merge.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -168,6 +179,9 @@ pub struct TrainConfig {
     /// Keep only the input of each block for backward, and run its forward again: less memory, a third more work.
     #[serde(default)]
     pub activation_checkpointing: bool,
+    /// `adam`, or `adam_zero`: several processes share out the moments.
+    #[serde(default)]
+    pub optimizer: OptimizerChoice,
     /// Highest learning rate (after the warm start).
     pub lr: f64,
     /// Shape of the learning rate.

@@ -1,0 +1,104 @@
+//! A command in several processes: they meet, do their parts, and end together.
+
+use super::{DeviceChoice, Outcome, report_error};
+use crate::{
+    collective::{Ending, JOIN_VARIABLE, Job, Ranks, join_limit},
+    error::{Error, Result},
+    ops::Cuda,
+    progress::Progress,
+};
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
+
+/// The other processes, where a launcher started several; `None` where this one is alone. `after` says what to do when one of
+/// them is lost.
+pub(super) fn join(after: Option<String>, progress: &Progress) -> Result<Option<Arc<Job>>> {
+    let Some(ranks) = Ranks::from_env()? else { return Ok(None) };
+    if ranks.is_leader() {
+        progress.detail(&format!("waiting for {} processes of {}", ranks.world_size, ranks.launcher));
+    }
+    let limit = join_limit()?;
+    let alone = format!("to run alone: unset the variables of {}, such as WORLD_SIZE", ranks.launcher);
+    let on_ending = Arc::new(move |ending: Ending| {
+        let help = ending.error.help.clone().or(after.clone());
+        let error = Error { help, ..ending.error };
+        if !ending.told {
+            report_error(&error);
+        }
+        leave(error.exit_code());
+    });
+    match Job::join(ranks, limit, on_ending) {
+        Ok(job) => Ok(Some(Arc::new(job))),
+        Err(e) if e.help.is_none() => Err(e.help(format!("{alone}; {JOIN_VARIABLE} sets how long to wait"))),
+        Err(e) => Err(e),
+    }
+}
+
+/// Does `work`, and ends the job: all processes with the same error, which the first prints.
+pub(super) fn finish(job: &Job, work: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
+    let error = match work().and_then(|outcome| job.finish().map(|()| outcome)) {
+        Ok(outcome) => return Ok(outcome),
+        Err(e) => e,
+    };
+    let named = match job.is_leader() {
+        true => error.clone(),
+        false => Error { message: format!("{}: {}", job.name(job.ranks().rank), error.message), ..error.clone() },
+    };
+    if !job.fail(&error) {
+        report_error(&named);
+    }
+    leave(error.exit_code());
+}
+
+/// Ends this process at once: what waits in a library for the other processes would keep it.
+fn leave(code: u8) -> ! {
+    let _ = io::stdout().flush();
+    // SAFETY: nothing runs after it.
+    unsafe { libc::_exit(code.into()) }
+}
+
+/// How the commands of processes other than the first report: not at all.
+pub(super) fn quiet(job: Option<&Arc<Job>>, progress: &Progress) -> Progress {
+    match job {
+        Some(job) if !job.is_leader() => Progress::hidden(),
+        _ => progress.clone(),
+    }
+}
+
+/// `cuda` is another GPU in every process of a machine.
+pub(super) fn own_device(choice: DeviceChoice, job: Option<&Arc<Job>>) -> DeviceChoice {
+    match choice {
+        DeviceChoice::Cuda(None) => DeviceChoice::Cuda(Some(job.map_or(0, |job| job.ranks().local_rank))),
+        choice => choice,
+    }
+}
+
+/// How many threads this process takes where nobody says; `None`: all that it may.
+pub(super) fn threads() -> Result<Option<usize>> {
+    let Some(ranks) = Ranks::from_env()? else { return Ok(None) };
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    // SAFETY: the call reads nothing of ours.
+    let cores = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }.max(1) as usize;
+    Ok(Some(ranks.threads(allowed, cores)))
+}
+
+/// Warns where two processes of a machine have the same GPU: each is slower, and NCCL refuses it.
+pub(super) fn warn_of_shared_gpus(job: &Job, device: &Cuda, progress: &Progress) -> Result<()> {
+    let ranks = job.ranks();
+    let all = job.gather(device.bus_id().as_bytes())?;
+    let places: Vec<(String, &Vec<u8>)> = all.iter().enumerate().map(|(rank, gpu)| (job.host(rank), gpu)).collect();
+    for (rank, place) in places.iter().enumerate() {
+        if let Some(first) = places[..rank].iter().position(|other| other == place) {
+            progress.warn(&format!(
+                "{} and {} have the same GPU ({}): start as many processes as a machine has GPUs, with --device cuda",
+                job.name(first),
+                job.name(rank),
+                String::from_utf8_lossy(place.1)
+            ));
+        }
+    }
+    progress.detail(&format!("{} processes, started by {}", ranks.world_size, ranks.launcher));
+    Ok(())
+}
