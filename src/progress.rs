@@ -48,6 +48,11 @@ impl Progress {
         bar
     }
 
+    /// The same bars, and no lines.
+    pub fn bars_only(&self) -> Progress {
+        Progress { verbosity: -1, ..self.clone() }
+    }
+
     /// A line that the user should not miss. Silent with `-q`.
     pub fn warn(&self, message: &str) {
         self.log(0, &format!("warning: {message}"));

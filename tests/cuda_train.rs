@@ -7,6 +7,7 @@ mod common;
 
 use common::cuda_double::{folder, open};
 use relora_kit::{
+    collective::{Alone, Collective},
     ops::{Cpu, Cuda, Device},
     progress::Progress,
     run::RunDir,
@@ -15,7 +16,11 @@ use relora_kit::{
         session::{Session, Summary},
     },
 };
-use std::{fs, path::Path, sync::Mutex};
+use std::{
+    fs,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 /// The double counts for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -79,9 +84,13 @@ fn config(workshop: &Path, set: &[&str]) -> Config {
     Config::read(&workshop.join("run.toml"), &set).unwrap()
 }
 
+fn alone<D: Device>() -> Arc<dyn Collective<D>> {
+    Arc::new(Alone)
+}
+
 fn train<D: Device>(device: D, workshop: &Path, name: &str, set: &[&str]) -> Summary {
     let run = workshop.join(name);
-    Session::create(device, config(workshop, set), &run, &Progress::hidden()).unwrap().run().unwrap()
+    Session::create(device, config(workshop, set), &run, &alone(), &Progress::hidden()).unwrap().run().unwrap()
 }
 
 /// Loss of every update.
@@ -188,12 +197,12 @@ fn resumes(device: &dyn Fn() -> Cuda, workshop: &Path, set: &[&str]) {
             }
         };
         cut();
-        let resumed = Session::resume(device(), &copy, &Progress::hidden()).unwrap().run().unwrap();
+        let resumed = Session::resume(device(), &copy, &alone(), &Progress::hidden()).unwrap().run().unwrap();
         assert_eq!(losses(&resumed.run), losses(&whole.run), "{set:?}");
         assert!(last(&resumed.run) == last(&whole.run), "{set:?}");
         fs::remove_dir_all(&copy).unwrap();
         cut();
-        let resumed = Session::resume(Cpu, &copy, &Progress::hidden()).unwrap().run().unwrap();
+        let resumed = Session::resume(Cpu, &copy, &alone(), &Progress::hidden()).unwrap().run().unwrap();
         for (f, e) in losses(&resumed.run).iter().zip(losses(&whole.run)) {
             assert!((f / e - 1.0).abs() < 0.01, "{set:?}: {f} instead of {e}");
         }

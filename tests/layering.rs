@@ -26,8 +26,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("diff", &["adapter", "checkpoint", "delta"]),
     ("extract", &["adapter", "checkpoint", "delta"]),
     ("inspect", &["adapter", "checkpoint", "delta"]),
-    ("merge", &["adapter", "checkpoint", "delta", "ops"]),
-    ("spectrum", &["adapter", "checkpoint", "delta", "ops", "run"]),
+    ("merge", &["adapter", "checkpoint", "collective", "delta", "ops"]),
+    ("spectrum", &["adapter", "checkpoint", "collective", "delta", "ops", "run"]),
     ("verify", &["adapter", "checkpoint", "delta", "ops", "run", "spectrum"]),
     ("ops", &[]),
     ("collective", &["ops"]),
@@ -68,6 +68,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("zstd", &["tokenize"]),
     ("cudarc", &["ops"]),
     ("libloading", &["ops"]),
+    ("mpi", &["collective"]),
 ];
 
 #[test]

@@ -48,7 +48,7 @@ impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         match self.device {
             DeviceChoice::Cpu => self.run_on(Cpu, progress),
-            DeviceChoice::Cuda(ordinal) => self.run_on(open_cuda(ordinal, progress)?, progress),
+            DeviceChoice::Cuda(ordinal) => self.run_on(open_cuda(ordinal.unwrap_or(0), progress)?, progress),
         }
     }
 

@@ -58,7 +58,7 @@ impl Args {
         }
         match self.device {
             DeviceChoice::Cpu => self.run_on(Cpu),
-            DeviceChoice::Cuda(ordinal) => self.run_on(open_cuda(ordinal, progress)?),
+            DeviceChoice::Cuda(ordinal) => self.run_on(open_cuda(ordinal.unwrap_or(0), progress)?),
         }
     }
 

@@ -1,8 +1,9 @@
 //! `relora-kit merge`
 
-use super::{DeviceChoice, Outcome, parse_device};
+use super::{DeviceChoice, Outcome, parse_device, ranks};
 use crate::{
     checkpoint::Dtype,
+    collective::Job,
     error::{Error, Result},
     merge::{self, Options, Rounding},
     ops::CudaOptions,
@@ -10,7 +11,10 @@ use crate::{
     report::{self, Format, units},
     shard::Shard,
 };
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// Add adapters to a checkpoint: complete or refused, and measured
 ///
@@ -28,7 +32,8 @@ use std::path::{Path, PathBuf};
   relora-kit merge --base llama --adapter my-lora -o merged --device cuda
   relora-kit merge --base llama --dtype bf16 --max-shard-size 2GB -o llama-bf16
   relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --shard 3/8
-  relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --combine")]
+  relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged --combine
+  mpirun -n 4 relora-kit merge --base llama --adapter my-lora --max-shard-size 2GB -o merged")]
 pub struct Args {
     /// The checkpoint that deltas are added to: a folder or a .safetensors file
     #[arg(long, value_name = "CKPT")]
@@ -103,12 +108,34 @@ impl TargetDtype {
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
+        // The jobs of an array know nothing of each other.
+        if self.shard.is_some() || self.combine {
+            return self.merge(None, progress);
+        }
+        ranks::run(None, progress, |job, progress| self.merge(job, progress))
+    }
+
+    fn merge(&self, job: Option<&Arc<Job>>, progress: &Progress) -> Result<Outcome> {
+        let options = self.options(job)?;
+        let result = match (self.shard, job) {
+            (Some(shard), _) => Some(merge::run_shard(&options, shard, progress)?),
+            (None, Some(job)) => merge::run_together(&options, job, progress)?,
+            (None, None) if self.combine => Some(merge::combine(&options, progress)?),
+            (None, None) => Some(merge::run(&options, progress)?),
+        };
+        if let Some(result) = result {
+            report::emit(&result, self.format, None, false)?;
+        }
+        Ok(Outcome::Yes)
+    }
+
+    fn options(&self, job: Option<&Arc<Job>>) -> Result<Options> {
         let adapters: Vec<Vec<(PathBuf, f64)>> =
             self.adapter.iter().map(|a| parse_adapter(a)).collect::<Result<_>>()?;
-        let options = Options {
-            base: self.base,
+        Ok(Options {
+            base: self.base.clone(),
             adapters: adapters.concat(),
-            output: self.output,
+            output: self.output.clone(),
             dtype: self.dtype.dtype(),
             rounding: match self.rounding {
                 RoundingMode::Nearest => Rounding::Nearest,
@@ -117,18 +144,8 @@ impl Args {
             max_shard_size: self.max_shard_size,
             force: self.force,
             dry_run: self.dry_run,
-            gpu: match self.device {
-                DeviceChoice::Cpu => None,
-                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal.unwrap_or(0))),
-            },
-        };
-        let result = match self.shard {
-            Some(shard) => merge::run_shard(&options, shard, progress)?,
-            None if self.combine => merge::combine(&options, progress)?,
-            None => merge::run(&options, progress)?,
-        };
-        report::emit(&result, self.format, None, false)?;
-        Ok(Outcome::Yes)
+            gpu: ranks::own_gpu(self.device, job).map(CudaOptions::from_env),
+        })
     }
 }
 

@@ -122,9 +122,8 @@ fn parse_device(text: &str) -> std::result::Result<DeviceChoice, String> {
     .ok_or_else(|| format!("device '{text}' is not supported, expected cpu, cuda or cuda:N"))
 }
 
-/// Opens the NVIDIA GPU with this number, or the first, with what the environment says about CUDA's libraries.
-fn open_cuda(ordinal: Option<usize>, progress: &Progress) -> Result<Cuda, Error> {
-    let ordinal = ordinal.unwrap_or(0);
+/// Opens the NVIDIA GPU with this number, with what the environment says about CUDA's libraries.
+fn open_cuda(ordinal: usize, progress: &Progress) -> Result<Cuda, Error> {
     let device = Cuda::open(&CudaOptions::from_env(ordinal))?;
     progress.detail(&format!("device cuda:{ordinal} is {}", device.model()));
     Ok(device)

@@ -12,6 +12,28 @@ use std::{
     sync::Arc,
 };
 
+/// Runs a command in this process, or with the others that a launcher started: all end with the same error, which the first
+/// prints. `after` says what to do when one of them is lost.
+pub(super) fn run(
+    after: Option<String>,
+    progress: &Progress,
+    work: impl FnOnce(Option<&Arc<Job>>, &Progress) -> Result<Outcome>,
+) -> Result<Outcome> {
+    let Some(job) = join(after, progress)? else { return work(None, progress) };
+    let shown = if job.is_leader() { progress.clone() } else { Progress::hidden() };
+    let error = match work(Some(&job), &shown).and_then(|outcome| job.finish().map(|()| outcome)) {
+        Ok(outcome) => return Ok(outcome),
+        Err(e) => e,
+    };
+    if !job.fail(&error) {
+        report_error(&match job.is_leader() {
+            true => error.clone(),
+            false => Error { message: format!("{}: {}", job.name(job.ranks().rank), error.message), ..error.clone() },
+        });
+    }
+    leave(error.exit_code());
+}
+
 /// The other processes, where a launcher started several; `None` where this one is alone. `after` says what to do when one of
 /// them is lost.
 pub(super) fn join(after: Option<String>, progress: &Progress) -> Result<Option<Arc<Job>>> {
@@ -36,22 +58,6 @@ pub(super) fn join(after: Option<String>, progress: &Progress) -> Result<Option<
     }
 }
 
-/// Does `work`, and ends the job: all processes with the same error, which the first prints.
-pub(super) fn finish(job: &Job, work: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
-    let error = match work().and_then(|outcome| job.finish().map(|()| outcome)) {
-        Ok(outcome) => return Ok(outcome),
-        Err(e) => e,
-    };
-    let named = match job.is_leader() {
-        true => error.clone(),
-        false => Error { message: format!("{}: {}", job.name(job.ranks().rank), error.message), ..error.clone() },
-    };
-    if !job.fail(&error) {
-        report_error(&named);
-    }
-    leave(error.exit_code());
-}
-
 /// Ends this process at once: what waits in a library for the other processes would keep it.
 fn leave(code: u8) -> ! {
     let _ = io::stdout().flush();
@@ -59,19 +65,11 @@ fn leave(code: u8) -> ! {
     unsafe { libc::_exit(code.into()) }
 }
 
-/// How the commands of processes other than the first report: not at all.
-pub(super) fn quiet(job: Option<&Arc<Job>>, progress: &Progress) -> Progress {
-    match job {
-        Some(job) if !job.is_leader() => Progress::hidden(),
-        _ => progress.clone(),
-    }
-}
-
-/// `cuda` is another GPU in every process of a machine.
-pub(super) fn own_device(choice: DeviceChoice, job: Option<&Arc<Job>>) -> DeviceChoice {
+/// The number of the GPU that was chosen, if one was: of several processes on a machine, `cuda` is another one in each.
+pub(super) fn own_gpu(choice: DeviceChoice, job: Option<&Arc<Job>>) -> Option<usize> {
     match choice {
-        DeviceChoice::Cuda(None) => DeviceChoice::Cuda(Some(job.map_or(0, |job| job.ranks().local_rank))),
-        choice => choice,
+        DeviceChoice::Cpu => None,
+        DeviceChoice::Cuda(ordinal) => Some(ordinal.or(job.map(|job| job.ranks().local_rank)).unwrap_or(0)),
     }
 }
 

@@ -1,7 +1,8 @@
 //! `relora-kit spectrum`
 
-use super::{DeviceChoice, Outcome, Output, parse_device};
+use super::{DeviceChoice, Outcome, Output, parse_device, ranks};
 use crate::{
+    collective::Job,
     error::{Error, Result},
     ops::CudaOptions,
     progress::Progress,
@@ -10,7 +11,7 @@ use crate::{
     spectrum::{self, Gate, Labelled, Method, Options, Request},
     staged,
 };
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 /// Singular values and honest rank of weight updates, with gates for CI
 ///
@@ -28,6 +29,7 @@ use std::path::PathBuf;
   relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
   relora-kit spectrum --base step-0 --tuned step-20000 --device cuda
   relora-kit spectrum --base step-0 --tuned step-20000 --shard 3/8 -o part-3.json
+  mpirun -n 4 relora-kit spectrum --base step-0 --tuned step-20000
   relora-kit spectrum --combine part-*.json --require 'effective_rank > 64 for 90%' --report spectrum.html
 
 A gate reads METRIC OP VALUE [for all|any|median|P%] [on GLOB]; VALUE is a number or a multiple of the adapter rank (2*r).
@@ -120,10 +122,21 @@ impl Args {
             return Err(Error::request("--dense takes LAPACK's SVD, which runs on the CPU, but --device names a GPU")
                 .help("leave out one of them"));
         }
-        let options = self.options()?;
-        let mut spectrum = match self.combine.is_empty() {
-            true => spectrum::run(&options, progress)?,
-            false => spectrum::combine(&self.combine, &options)?,
+        if self.shard.is_some() || !self.combine.is_empty() {
+            return self.measure(None, progress);
+        }
+        ranks::run(None, progress, |job, progress| self.measure(job, progress))
+    }
+
+    fn measure(&self, job: Option<&Arc<Job>>, progress: &Progress) -> Result<Outcome> {
+        let (output, options) = (&self.output, self.options(job)?);
+        let mut spectrum = match (self.combine.is_empty(), job) {
+            (false, _) => spectrum::combine(&self.combine, &options)?,
+            (true, None) => spectrum::run(&options, progress)?,
+            (true, Some(job)) => match spectrum::run_together(&options, job, progress)? {
+                Some(spectrum) => spectrum,
+                None => return Ok(Outcome::Yes),
+            },
         };
         if let Some(path) = &self.report {
             staged::write_file(path, report::html::page(&spectrum)?.as_bytes(), output.force)?;
@@ -138,7 +151,7 @@ impl Args {
         Ok(if spectrum.passed() { Outcome::Yes } else { Outcome::No })
     }
 
-    fn options(&self) -> Result<Options> {
+    fn options(&self, job: Option<&Arc<Job>>) -> Result<Options> {
         Ok(Options {
             requests: if self.combine.is_empty() { self.requests()? } else { Vec::new() },
             filter: self.filter.clone(),
@@ -154,10 +167,7 @@ impl Args {
             shard: self.shard,
             method: if self.dense { Method::Dense } else { Method::Auto },
             small: None,
-            gpu: match self.device {
-                DeviceChoice::Cpu => None,
-                DeviceChoice::Cuda(ordinal) => Some(CudaOptions::from_env(ordinal.unwrap_or(0))),
-            },
+            gpu: ranks::own_gpu(self.device, job).map(CudaOptions::from_env),
         })
     }
 

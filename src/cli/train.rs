@@ -108,55 +108,42 @@ impl Args {
         let run = self.resume.as_ref().or(self.output.as_ref());
         let after = run
             .map(|dir| format!("go on with: relora-kit train --resume {}, on any number of processes", dir.display()));
-        match ranks::join(after, progress)? {
-            None => self.train_alone(progress),
-            Some(job) => ranks::finish(&job, || self.train_together(&job, &ranks::quiet(Some(&job), progress))),
+        ranks::run(after, progress, |job, progress| {
+            // What is wrong with the configuration is said before a GPU is opened.
+            self.config.as_ref().map_or(Ok(()), |config| Config::read(config, &self.set).map(drop))?;
+            let summary = match job {
+                None => self.train_alone(progress)?,
+                Some(job) => self.train_together(job, progress)?.filter(|_| job.is_leader()),
+            };
+            if let Some(summary) = summary {
+                report::emit(&summary, self.format, None, false)?;
+            }
+            Ok(Outcome::Yes)
+        })
+    }
+
+    fn train_alone(&self, progress: &Progress) -> Result<Option<Summary>> {
+        match ranks::own_gpu(self.device, None) {
+            None => self.train_on(Cpu, Alone, progress),
+            Some(ordinal) => self.train_on(open_cuda(ordinal, progress)?, Alone, progress),
         }
     }
 
-    fn train_alone(&self, progress: &Progress) -> Result<Outcome> {
-        self.check_config()?;
-        let summary = match self.device {
-            DeviceChoice::Cpu => self.train_on(Cpu, Alone, progress)?,
-            DeviceChoice::Cuda(ordinal) => self.train_on(open_cuda(ordinal, progress)?, Alone, progress)?,
-        };
-        self.report(summary)
-    }
-
-    fn train_together(&self, job: &Arc<Job>, progress: &Progress) -> Result<Outcome> {
-        self.check_config()?;
-        let summary = match (ranks::own_device(self.device, Some(job)), self.collective) {
-            (DeviceChoice::Cpu, None | Some(CollectiveChoice::Mpi)) => self.train_on(Cpu, mpi(job)?, progress)?,
-            (DeviceChoice::Cpu, Some(CollectiveChoice::Nccl)) => {
+    fn train_together(&self, job: &Arc<Job>, progress: &Progress) -> Result<Option<Summary>> {
+        let Some(ordinal) = ranks::own_gpu(self.device, Some(job)) else {
+            if self.collective == Some(CollectiveChoice::Nccl) {
                 return Err(Error::request("--collective nccl sums on GPUs, but --device is cpu")
                     .help("pass --device cuda, or --collective mpi"));
             }
-            (DeviceChoice::Cuda(ordinal), choice) => {
-                let device = open_cuda(ordinal, progress)?;
-                ranks::warn_of_shared_gpus(job, &device, progress)?;
-                match choice {
-                    Some(CollectiveChoice::Mpi) => self.train_on(device, mpi(job)?, progress)?,
-                    _ => {
-                        let options = CudaOptions::from_env(ordinal.unwrap_or(0));
-                        let nccl = Nccl::start(job.clone(), &device, &options.libraries)?;
-                        self.train_on(device, nccl, progress)?
-                    }
-                }
-            }
+            return self.train_on(Cpu, mpi(job)?, progress);
         };
-        self.report(summary.filter(|_| job.is_leader()))
-    }
-
-    /// What is wrong with the configuration is said before a GPU is opened.
-    fn check_config(&self) -> Result<()> {
-        self.config.as_ref().map_or(Ok(()), |config| Config::read(config, &self.set).map(drop))
-    }
-
-    fn report(&self, summary: Option<Summary>) -> Result<Outcome> {
-        if let Some(summary) = summary {
-            report::emit(&summary, self.format, None, false)?;
+        let device = open_cuda(ordinal, progress)?;
+        ranks::warn_of_shared_gpus(job, &device, progress)?;
+        if self.collective == Some(CollectiveChoice::Mpi) {
+            return self.train_on(device, mpi(job)?, progress);
         }
-        Ok(Outcome::Yes)
+        let nccl = Nccl::start(job.clone(), &device, &CudaOptions::from_env(ordinal).libraries)?;
+        self.train_on(device, nccl, progress)
     }
 
     fn plan(&self, presets: &[String]) -> Result<Plan> {

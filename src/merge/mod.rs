@@ -30,6 +30,7 @@ pub use rounding::Rounding;
 use crate::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Dtype, Writer},
+    collective::Job,
     error::{Error, Result},
     ops::{CudaOptions, Products},
     progress::Progress,
@@ -39,6 +40,7 @@ use crate::{
 use device::Gpu;
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -111,8 +113,9 @@ pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
+    part::warn_of_few_files(&plan, options, shard.count, progress);
     let gpu = open_gpu(options, progress)?;
-    part::run(shard, options, (&base, &adapters), plan, gpu.as_ref(), progress)
+    part::run(shard, &part::folder(options, part::ARRAY), options, (&base, &adapters), plan, gpu.as_ref(), progress)
 }
 
 /// Makes the output of all parts that [`run_shard`] wrote with the same options: the bytes that [`run`] writes.
@@ -121,7 +124,50 @@ pub fn combine(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
-    part::combine(options, (&base, &adapters), &plan, progress)
+    part::combine(&part::folder(options, part::ARRAY), options, (&base, &adapters), &plan, progress)
+}
+
+/// [`run`] in several processes, which see the output's folder under the same path: each writes its share of the files, and
+/// the first makes the output of them. The others get no report.
+pub fn run_together(options: &Options, job: &Job, progress: &Progress) -> Result<Option<MergeReport>> {
+    let parts = part::folder(options, part::RANKS);
+    if job.is_leader() {
+        if options.dry_run {
+            return run(options, progress).map(Some);
+        }
+        staged::refuse_existing(&options.output, options.force)?;
+        // Of processes that died.
+        if parts.symlink_metadata().is_ok() {
+            fs::remove_dir_all(&parts).map_err(|e| Error::io("remove", &parts, e))?;
+        }
+    } else if options.dry_run {
+        return Ok(None);
+    }
+    job.gather(&[])?;
+    let whole = write_together(&parts, options, job, progress);
+    if job.is_leader() && whole.is_err() {
+        // What others have written by now is of no use.
+        let _ = fs::remove_dir_all(&parts);
+    }
+    whole
+}
+
+fn write_together(parts: &Path, options: &Options, job: &Job, progress: &Progress) -> Result<Option<MergeReport>> {
+    let base = Checkpoint::open(&options.base)?;
+    let adapters = open_adapters(&options.adapters)?;
+    let plan = || plan::Plan::new(&base, &adapters, options.dtype);
+    let own = plan()?;
+    own.warnings.iter().for_each(|w| progress.warn(w));
+    let gpu = open_gpu(options, progress)?;
+    let ranks = job.ranks();
+    let shard = Shard { index: ranks.rank + 1, count: ranks.world_size };
+    part::warn_of_few_files(&own, options, shard.count, progress);
+    part::run(shard, parts, options, (&base, &adapters), own, gpu.as_ref(), &progress.bars_only())?;
+    job.gather(&[])?;
+    if !job.is_leader() {
+        return Ok(None);
+    }
+    part::combine(parts, options, (&base, &adapters), &plan()?, progress).map(Some)
 }
 
 fn open_gpu(options: &Options, progress: &Progress) -> Result<Option<Gpu>> {

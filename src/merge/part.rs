@@ -44,15 +44,32 @@ struct Record {
     sums: HashMap<String, [u64; 3]>,
 }
 
-fn parts_folder(options: &Options) -> PathBuf {
+/// Where the jobs of an array leave their parts: `OUT.parts`.
+pub(super) const ARRAY: &str = ".parts";
+/// Where processes that run together leave theirs, for a while: `OUT.ranks`.
+pub(super) const RANKS: &str = ".ranks";
+
+/// The output's folder with `suffix`.
+pub(super) fn folder(options: &Options, suffix: &str) -> PathBuf {
     let mut name = options.output.file_name().unwrap_or_default().to_owned();
-    name.push(".parts");
+    name.push(suffix);
     options.output.with_file_name(name)
+}
+
+/// Warns where some of `count` jobs have nothing to do.
+pub(super) fn warn_of_few_files(plan: &Plan, options: &Options, count: usize, progress: &Progress) {
+    let files = Writer::files(&plan.specs(), options.max_shard_size).len();
+    if files < count {
+        progress.warn(&format!(
+            "the output's files, {files} in number, are fewer than the {count} jobs; a smaller --max-shard-size makes more"
+        ));
+    }
 }
 
 /// Writes the share of one job. The report covers its tensors only.
 pub(super) fn run(
     shard: Shard,
+    parts: &Path,
     options: &Options,
     (base, adapters): (&Checkpoint, &[(Adapter, f64)]),
     mut plan: Plan,
@@ -61,13 +78,6 @@ pub(super) fn run(
 ) -> Result<MergeReport> {
     let specs = plan.specs();
     let files = Writer::files(&specs, options.max_shard_size);
-    if files.len() < shard.count {
-        progress.warn(&format!(
-            "the output's files, {} in number, are fewer than the {} jobs; a smaller --max-shard-size makes more",
-            files.len(),
-            shard.count
-        ));
-    }
     let moved: HashMap<&str, u64> =
         plan.outputs.iter().map(|o| (o.spec.name.as_str(), o.bytes_read() + o.spec.bytes())).collect();
     let cost = |file: &FileSpecs| file.1.iter().map(|s| moved[s.name.as_str()] as f64).sum::<f64>();
@@ -81,7 +91,7 @@ pub(super) fn run(
         sums: HashMap::new(),
     };
     plan.outputs.retain(|o| mine.contains(o.spec.name.as_str()));
-    let folder = parts_folder(options).join(format!("{}-of-{}", shard.index, shard.count));
+    let folder = parts.join(format!("{}-of-{}", shard.index, shard.count));
     let staged = StagedDir::create(&folder, options.force)?;
     let writer = Writer::create_files(staged.path(), &files, &metadata(options))?;
     let measured = stream::run(&plan, options.rounding, gpu, &writer, progress)?;
@@ -105,12 +115,13 @@ pub(super) fn run(
 
 /// Makes the output of all parts, then removes them. Interrupted at any moment, it can be run again.
 pub(super) fn combine(
+    folder: &Path,
     options: &Options,
     (base, adapters): (&Checkpoint, &[(Adapter, f64)]),
     plan: &Plan,
     progress: &Progress,
 ) -> Result<MergeReport> {
-    let parts = read_parts(options, base, adapters)?;
+    let parts = read_parts(folder, options, base, adapters)?;
     let specs = plan.specs();
     let files = Writer::files(&specs, options.max_shard_size);
     let sources = files.iter().map(|(name, _)| find(&parts, name)).collect::<Result<Vec<_>>>()?;
@@ -131,17 +142,20 @@ pub(super) fn combine(
     let mut report = result::report(options, plan, None, &files, &measured);
     explain_losses(&mut report, plan, progress)?;
     staged.commit()?;
-    let folder = parts_folder(options);
-    if let Err(e) = fs::remove_dir_all(&folder) {
+    if let Err(e) = fs::remove_dir_all(folder) {
         progress.warn(&format!("cannot remove '{}': {e}; it is not needed any more", folder.display()));
     }
     Ok(report)
 }
 
 /// All parts in the order of their numbers, none missing, none of another merge.
-fn read_parts(options: &Options, base: &Checkpoint, adapters: &[(Adapter, f64)]) -> Result<Vec<(PathBuf, Record)>> {
-    let folder = parts_folder(options);
-    let found = list_parts(&folder)?;
+fn read_parts(
+    folder: &Path,
+    options: &Options,
+    base: &Checkpoint,
+    adapters: &[(Adapter, f64)],
+) -> Result<Vec<(PathBuf, Record)>> {
+    let found = list_parts(folder)?;
     let Some(&Shard { count, .. }) = found.first() else {
         return Err(Error::request(format!("there are no parts in '{}'", folder.display()))
             .help("write them with --shard I/N and the same options"));

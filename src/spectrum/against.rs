@@ -52,7 +52,7 @@ pub struct Loss {
 
 /// Reads a whole result that `--format json` wrote.
 pub fn read(path: &Path) -> Result<Spectrum> {
-    let spectrum = parse(path)?;
+    let spectrum = open(path)?;
     if let Some(part) = &spectrum.part {
         return Err(Error::request(format!(
             "'{}' is part {} of {} of a spectrum, not a whole one",
@@ -66,9 +66,14 @@ pub fn read(path: &Path) -> Result<Spectrum> {
 }
 
 /// Reads a result or a part of one.
-pub(super) fn parse(path: &Path) -> Result<Spectrum> {
+pub(super) fn open(path: &Path) -> Result<Spectrum> {
     let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let spectrum: Spectrum = serde_json::from_slice(&text).map_err(|e| {
+    parse(path, &text)
+}
+
+/// The result, or part of one, that `path` holds.
+pub(super) fn parse(path: &Path, text: &[u8]) -> Result<Spectrum> {
+    let spectrum: Spectrum = serde_json::from_slice(text).map_err(|e| {
         Error::request(format!("'{}' is not a spectrum: {e}", path.display()))
             .help("name a file written by `relora-kit spectrum --format json`")
     })?;

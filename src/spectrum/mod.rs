@@ -31,6 +31,7 @@ pub use source::{Labelled, Request};
 pub use svd::Method;
 
 use crate::{
+    collective::Job as Processes,
     delta::LowRank,
     error::{Error, Kind, Result},
     ops::{CudaOptions, Solver},
@@ -215,32 +216,58 @@ fn totals<'a>(sources: &'a [Source], matrices: &'a [Matrix]) -> impl Iterator<It
     matrices.iter().filter(move |m| m.cycle.is_none() || m.cumulative == Some(true) && m.cycle == last(&m.label))
 }
 
+/// What is to be measured: the sources fit, and every gate asks about something.
+struct Prepared<'a> {
+    opened: &'a [Opened],
+    jobs: Vec<Job<'a>>,
+    skipped: Vec<Skipped>,
+    gpu: Option<Solver>,
+}
+
+fn open(options: &Options) -> Result<Vec<Opened>> {
+    check_labels(options)?;
+    options.requests.iter().map(Opened::open).collect()
+}
+
+impl<'a> Prepared<'a> {
+    fn new(opened: &'a [Opened], options: &Options, progress: &Progress) -> Result<Prepared<'a>> {
+        let (mut jobs, mut skipped) = (Vec::new(), Vec::new());
+        for source in opened {
+            source.plan(options, &mut jobs, &mut skipped)?;
+        }
+        let asked: Vec<Asked> =
+            jobs.iter().map(|j| Asked { label: &j.label, name: &j.name, ranked: j.r.is_some() }).collect();
+        check_gates(&options.gates, options.requests.iter().map(Request::label), &asked)?;
+        if jobs.is_empty() {
+            return Err(nothing_to_measure(options, &skipped));
+        }
+        let gpu = options.gpu.as_ref().map(Solver::open).transpose()?;
+        if let Some(gpu) = &gpu {
+            progress.detail(&format!("device {} is {}", gpu.name(), gpu.model()));
+        }
+        Ok(Prepared { opened, jobs, skipped, gpu })
+    }
+
+    fn way(&self, options: &Options) -> Way<'_> {
+        Way { method: options.method, small: options.small.unwrap_or(SMALL), gpu: self.gpu.as_ref() }
+    }
+}
+
 /// Measures every matrix of every source, or one job's share of them.
 pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
-    check_labels(options)?;
     let before = options.against.as_deref().map(against::read).transpose()?;
-    let opened = options.requests.iter().map(Opened::open).collect::<Result<Vec<_>>>()?;
-    let (mut jobs, mut skipped) = (Vec::new(), Vec::new());
-    for source in &opened {
-        source.plan(options, &mut jobs, &mut skipped)?;
-    }
-    let asked: Vec<Asked> =
-        jobs.iter().map(|j| Asked { label: &j.label, name: &j.name, ranked: j.r.is_some() }).collect();
-    check_gates(&options.gates, options.requests.iter().map(Request::label), &asked)?;
-    if jobs.is_empty() {
-        return Err(nothing_to_measure(options, &skipped));
-    }
-    let gpu = options.gpu.as_ref().map(Solver::open).transpose()?;
-    if let Some(gpu) = &gpu {
-        progress.detail(&format!("device {} is {}", gpu.name(), gpu.model()));
-    }
-    let way = Way { method: options.method, small: options.small.unwrap_or(SMALL), gpu: gpu.as_ref() };
+    let opened = open(options)?;
+    let mut prepared = Prepared::new(&opened, options, progress)?;
     if let Some(shard) = options.shard {
-        return run_shard(shard, options, way, &opened, &jobs, skipped, progress);
+        if !options.gates.is_empty() || options.against.is_some() {
+            return Err(Error::request(format!("gates and earlier results need all parts, but this is part {shard}"))
+                .help("pass them when the parts are combined"));
+        }
+        return run_shard(shard, options, prepared, progress);
     }
-    let own: Vec<&Job> = jobs.iter().collect();
-    let mut matrices = Vec::new();
-    for measured in measure_all(&own, jobs.len(), options, way, progress)? {
+    let (mut matrices, mut skipped) = (Vec::new(), std::mem::take(&mut prepared.skipped));
+    let (way, own): (Way, Vec<&Job>) = (prepared.way(options), prepared.jobs.iter().collect());
+    for measured in measure_all(&own, prepared.jobs.len(), options, way, progress)? {
         match measured {
             Measured::Matrices(found) => matrices.extend(found),
             Measured::Skipped(skip) => skipped.push(skip),
@@ -250,21 +277,32 @@ pub fn run(options: &Options, progress: &Progress) -> Result<Spectrum> {
     complete(options, sources, matrices, skipped, before)
 }
 
-/// Measures this job's share. The part holds all singular values, and this job hashes its share of the files: combining may ask for both.
-fn run_shard(
-    shard: Shard,
-    options: &Options,
-    way: Way,
-    opened: &[Opened],
-    jobs: &[Job],
-    mut skipped: Vec<Skipped>,
-    progress: &Progress,
-) -> Result<Spectrum> {
-    if !options.gates.is_empty() || options.against.is_some() {
-        return Err(Error::request(format!("gates and earlier results need all parts, but this is part {shard}"))
-            .help("pass them when the parts are combined"));
+/// [`run`] in several processes: each measures its share, and the first joins them. The others get nothing.
+pub fn run_together(options: &Options, job: &Processes, progress: &Progress) -> Result<Option<Spectrum>> {
+    // Read again when the parts are joined: here it only says early what is wrong with it.
+    options.against.as_deref().map(against::read).transpose()?;
+    let opened = open(options)?;
+    let prepared = Prepared::new(&opened, options, progress)?;
+    let ranks = job.ranks();
+    let shard = Shard { index: ranks.rank + 1, count: ranks.world_size };
+    // The sums that decide are those of the whole.
+    let own = Options { gates: Vec::new(), against: None, ..options.clone() };
+    let part = run_shard(shard, &own, prepared, progress)?;
+    let json = serde_json::to_vec(&part).map_err(|e| Error::world(e.to_string()))?;
+    let parts = job.collect(&json)?;
+    if !job.is_leader() {
+        return Ok(None);
     }
+    let parts = parts.into_iter().enumerate().map(|(rank, json)| (PathBuf::from(job.name(rank)), json)).collect();
+    part::join(parts, options).map(Some)
+}
+
+/// Measures this job's share. The part holds all singular values, and this job hashes its share of the files: combining may
+/// ask for both.
+fn run_shard(shard: Shard, options: &Options, mut prepared: Prepared, progress: &Progress) -> Result<Spectrum> {
     let options = &Options { sigma: true, ..options.clone() };
+    let mut skipped = std::mem::take(&mut prepared.skipped);
+    let (way, jobs, opened) = (prepared.way(options), &prepared.jobs, prepared.opened);
     let costs: Vec<f64> = jobs.iter().map(|j| j.need(way).cost).collect();
     let (places, own): (Vec<usize>, Vec<&Job>) = shard
         .own(&costs)

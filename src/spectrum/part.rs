@@ -152,8 +152,8 @@ struct Read<'a> {
 }
 
 impl Read<'_> {
-    fn open(path: &Path) -> Result<Read<'_>> {
-        let mut spectrum = against::parse(path)?;
+    fn parse<'a>((path, json): &'a (PathBuf, Vec<u8>)) -> Result<Read<'a>> {
+        let mut spectrum = against::parse(path, json)?;
         match spectrum.part.take() {
             Some(part) => Ok(Read { path, spectrum, part }),
             None => Err(Error::request(format!("'{}' is no part but a whole result", path.display()))
@@ -165,8 +165,17 @@ impl Read<'_> {
 /// Joins all parts of a job. Of `options` only the gates, `against`, `sigma` and `hashes` count: the rest was decided when
 /// the parts were measured.
 pub fn combine(paths: &[PathBuf], options: &Options) -> Result<Spectrum> {
+    let read = |path: &PathBuf| {
+        let json = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        Ok((path.clone(), json))
+    };
+    join(paths.iter().map(read).collect::<Result<Vec<_>>>()?, options)
+}
+
+/// [`combine`], of parts and the names they go by.
+pub(super) fn join(parts: Vec<(PathBuf, Vec<u8>)>, options: &Options) -> Result<Spectrum> {
     let before = options.against.as_deref().map(against::read).transpose()?;
-    let mut parts = paths.iter().map(|path| Read::open(path)).collect::<Result<Vec<_>>>()?;
+    let mut parts = parts.iter().map(Read::parse).collect::<Result<Vec<_>>>()?;
     let Some(first) = parts.first() else { return Err(Error::request("there is no part to combine")) };
     parts[1..].iter().try_for_each(|other| check_same_job(first, other))?;
     check_all_there(&parts)?;

@@ -3,8 +3,10 @@
 
 pub mod cuda_double;
 pub mod entry_points;
+pub mod processes;
 pub mod small_merge;
 pub mod small_run;
+pub mod workshop;
 
 use assert_cmd::Command;
 use std::path::{Path, PathBuf};
