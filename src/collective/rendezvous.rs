@@ -427,8 +427,10 @@ impl Line {
                 Err(_) => break Ending { error: gone(rank, &self.hosts[rank], ""), told: false },
             }
         };
+        // Whoever waits for this peer wakes up to a job that is ending for this reason.
+        let first = !self.ending.swap(true, Ordering::SeqCst);
         self.deliver(|inbox| inbox.done[peer] = true);
-        if !self.ending.swap(true, Ordering::SeqCst) {
+        if first {
             if self.rank == 0 {
                 self.send_all(&Message::Ended((&lost.error).into()));
             }

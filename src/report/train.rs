@@ -45,6 +45,9 @@ impl Report for Summary {
         if self.skipped > 0 {
             rows.push(("updates skipped (not finite)", self.skipped.to_string()));
         }
+        if self.world_size > 1 {
+            rows.push(("processes", self.world_size.to_string()));
+        }
         rows.push(("tokens/s", format!("{:.0}", self.tokens_per_s)));
         rows.push(("time", indicatif::HumanDuration(Duration::from_secs_f64(self.seconds)).to_string()));
         if let Some(peak) = self.peak_memory {
