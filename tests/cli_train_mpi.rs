@@ -63,6 +63,32 @@ fn one_two_and_four_processes_train_alike_and_twice_the_same() {
 }
 
 #[test]
+fn gradients_of_several_pieces_train_alike() {
+    let workshop = Workshop::new();
+    // 36 MB of gradients; the embedding alone is more than MPI's pieces.
+    let config = r#"
+        [model]
+        preset = "llama_9m"
+        [data]
+        train = "tokens.safetensors"
+        max_length = 16
+        [train]
+        mode = "full"
+        batch_size = 4
+        num_training_steps = 4
+        lr = 1e-3
+        scheduler = "constant"
+        "#;
+    fs::write(workshop.path("run.toml"), config).unwrap();
+    assert_eq!(workshop.train("alone", &[]).0, 0);
+    let runs = ["a", "b"].map(|name| train(&workshop, 2, name, &[]));
+    let weights = |run: &Path| fs::read(run.join("checkpoints/step-4/model.safetensors")).unwrap();
+    assert!(weights(&runs[0]) == weights(&runs[1]));
+    let worst = apart(&trajectory(&PathBuf::from(workshop.path("alone"))), &trajectory(&runs[0]));
+    assert!(worst < REASSOCIATION, "{worst}");
+}
+
+#[test]
 fn shared_out_moments_change_no_bit() {
     let workshop = Workshop::new();
     for set in [&["relora.reset_optimizer_on_relora=true"][..], &["relora.optimizer_random_pruning=0.5"]] {

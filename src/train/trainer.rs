@@ -4,7 +4,7 @@
 //! A and B; at every restart `W += s B A`, A is drawn anew, B = 0, and the optimiser state of A and B is pruned.
 
 use super::{
-    buckets::Buckets,
+    buckets::{BUCKET, Buckets},
     config::{Config, MixedPrecision, OptimizerChoice, WeightDtype, WeightRounding},
     optim::Optimizer,
     phase::Phase,
@@ -329,7 +329,7 @@ impl<D: Device> Trainer<D> {
         let collective = self.collective.clone();
         let alone = collective.world_size() == 1;
         let mut tally = self.model.device().tally();
-        let mut buckets = Buckets::new(&*collective);
+        let mut buckets = Buckets::new(&*collective, BUCKET);
         for pass in 0..share.passes {
             let window = share.first + pass * share.batch;
             self.model.set_dropout_key(seed, window);

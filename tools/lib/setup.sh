@@ -50,15 +50,28 @@ openblas_links() {
     return $status
 }
 
+# Whether bindgen finds libclang: it reads the headers of MPI.
+libclang_is_there() {
+    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null ||
+        ldconfig -p 2>/dev/null | grep -q 'libclang\(-[0-9.]*\)\?\.so'
+}
+
 missing_packages() {
     local command
-    for command in "$@"; do have "$command" || printf '%s ' "$command"; done
+    for command in "$@"; do
+        case $command in
+            mpi) { have mpirun && have mpicc; } || printf 'openmpi-bin libopenmpi-dev ' ;;
+            libclang) libclang_is_there || printf 'libclang-dev ' ;;
+            *) have "$command" || printf '%s ' "$command" ;;
+        esac
+    done
     have cc || printf 'gcc libc6-dev '
     have pkg-config || printf 'pkg-config '
     { have cc && openblas_links; } || printf 'libopenblas-dev '
 }
 
-# need_libraries [COMMAND...]: a C compiler (the linker), pkg-config, OpenBLAS, and commands whose packages have their names.
+# need_libraries [COMMAND...]: a C compiler (the linker), pkg-config, OpenBLAS, and commands whose packages have their names;
+# `mpi` stands for an MPI to build with and its mpirun, `libclang` for that library.
 need_libraries() {
     local packages sudo=()
     packages=$(missing_packages "$@")
@@ -66,6 +79,7 @@ need_libraries() {
     if ! have apt-get; then
         fail "missing on this system (by their Debian names): $packages" \
             "Fedora: dnf install gcc pkgconf openblas-devel    Arch: pacman -S gcc pkgconf openblas" \
+            "for MPI also: Fedora openmpi-devel clang-devel, Arch openmpi clang, openSUSE openmpi4-devel clang-devel, macOS open-mpi llvm" \
             "openSUSE: zypper install gcc pkg-config openblas-devel    macOS: brew install pkg-config openblas, then" \
             "  export LIBRARY_PATH=\$(brew --prefix openblas)/lib PKG_CONFIG_PATH=\$(brew --prefix openblas)/lib/pkgconfig"
     fi
