@@ -229,7 +229,7 @@ mod gpus {
     #[test]
     fn a_gpu_that_two_processes_take_is_warned_about_and_one_that_is_not_there_refused() {
         let workshop = Workshop::new();
-        let one = |_: usize, command: &mut Command| two_gpus(0, command.env("LOCAL_RANK", "0"));
+        let one = |_: usize, command: &mut Command| two_gpus(0, command.env("CUDA_VISIBLE_DEVICES", "1"));
         let ended = together(2, &arguments(&workshop, "run", &[]), one);
         assert!(ended[0].2.contains("have the same GPU (0000:00:00.0)"), "{}", ended[0].2);
         let ended = together(3, &arguments(&workshop, "other", &[]), two_gpus);

@@ -36,7 +36,7 @@ pub(super) fn run(
 
 /// The other processes, where a launcher started several; `None` where this one is alone. `after` says what to do when one of
 /// them is lost.
-pub(super) fn join(after: Option<String>, progress: &Progress) -> Result<Option<Arc<Job>>> {
+fn join(after: Option<String>, progress: &Progress) -> Result<Option<Arc<Job>>> {
     let Some(ranks) = Ranks::from_env()? else { return Ok(None) };
     if ranks.is_leader() {
         progress.detail(&format!("waiting for {} processes of {}", ranks.world_size, ranks.launcher));
@@ -65,11 +65,17 @@ fn leave(code: u8) -> ! {
     unsafe { libc::_exit(code.into()) }
 }
 
-/// The number of the GPU that was chosen, if one was: of several processes on a machine, `cuda` is another one in each.
+/// The number of the GPU that was chosen, if one was: of several processes on a machine, `cuda` is another one in each. A
+/// launcher may let each see its own only.
 pub(super) fn own_gpu(choice: DeviceChoice, job: Option<&Arc<Job>>) -> Option<usize> {
+    let own = || {
+        let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+        let one = !visible.is_empty() && !visible.contains(',');
+        job.filter(|_| !one).map_or(0, |job| job.ranks().local_rank)
+    };
     match choice {
         DeviceChoice::Cpu => None,
-        DeviceChoice::Cuda(ordinal) => Some(ordinal.or(job.map(|job| job.ranks().local_rank)).unwrap_or(0)),
+        DeviceChoice::Cuda(ordinal) => Some(ordinal.unwrap_or_else(own)),
     }
 }
 

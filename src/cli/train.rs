@@ -54,7 +54,7 @@ relora = 5000
   relora-kit train --plan --config run.toml
   relora-kit train --plan llama_350m,llama_1b,llama_7b --set train.batch_size=4
   relora-kit train --config run.toml -o run --device cuda
-  torchrun --nproc-per-node 8 --no-python relora-kit train --config run.toml -o run --device cuda
+  torchrun --nproc-per-node 8 --no-python -- relora-kit train --config run.toml -o run --device cuda
   mpirun -n 4 relora-kit train --config run.toml -o run
   relora-kit train --resume run")]
 pub struct Args {
