@@ -627,6 +627,9 @@ mod tests {
                 .map(|(rank, (line, _))| {
                     scope.spawn(move || {
                         let first = line.gather(&vec![rank as u8; rank]).unwrap();
+                        let collected = line.collect(&[rank as u8; 2]).unwrap();
+                        let expected = if rank == 0 { vec![[0, 0], [1, 1], [2, 2]] } else { Vec::new() };
+                        assert_eq!(collected, expected);
                         let second = line.gather(&[9 - rank as u8]).unwrap();
                         line.finish().unwrap();
                         (first, second)
