@@ -4,13 +4,9 @@
 
 mod common;
 
-use common::cuda_double::{MUTATION, folder};
+use common::cuda_double::{MUTATION, folder, program};
 use rayon::prelude::*;
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, path::Path, process::Command};
 
 /// One way to be wrong.
 struct Mutation {
@@ -234,18 +230,6 @@ const MUTATIONS: [Mutation; 26] = [
         says: "instead of",
     },
 ];
-
-/// The newest test program of this name beside this one: cargo builds all before it runs any.
-fn program(name: &str) -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let prefix = format!("{name}-");
-    let files = own.parent().unwrap().read_dir().unwrap().map(|e| e.unwrap().path());
-    let programs = files.filter(|f| {
-        f.extension().is_none() && f.file_name().unwrap().to_str().is_some_and(|name| name.starts_with(&prefix))
-    });
-    let newest = programs.max_by_key(|f| fs::metadata(f).unwrap().modified().unwrap());
-    newest.expect("tests/cuda_ops.rs is built: run cargo test without --test, or that test before")
-}
 
 fn run(test: &str, mutation: Option<&Mutation>) -> (bool, String) {
     let mut command = Command::new(program("cuda_ops"));

@@ -84,6 +84,18 @@ pub fn set_environment(command: &mut assert_cmd::Command) {
     command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder());
 }
 
+/// The newest test program of this name beside this one: cargo builds all before it runs any.
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let prefix = format!("{name}-");
+    let files = own.parent().unwrap().read_dir().unwrap().map(|e| e.unwrap().path());
+    let programs = files.filter(|f| {
+        f.extension().is_none() && f.file_name().unwrap().to_str().is_some_and(|name| name.starts_with(&prefix))
+    });
+    let newest = programs.max_by_key(|f| fs::metadata(f).unwrap().modified().unwrap());
+    newest.unwrap_or_else(|| panic!("tests/{name}.rs is not built: run cargo test without --test, or that test before"))
+}
+
 /// A test for any device, run on the CPU and on the double's GPU: `name::cpu` and `name::cuda`.
 #[allow(unused_macros)]
 macro_rules! on_both_devices {
