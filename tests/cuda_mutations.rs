@@ -20,7 +20,7 @@ struct Mutation {
     says: &'static str,
 }
 
-const MUTATIONS: [Mutation; 26] = [
+const MUTATIONS: [Mutation; 27] = [
     Mutation {
         what: "a wrong stride",
         file: "rope.cu",
@@ -228,6 +228,14 @@ const MUTATIONS: [Mutation; 26] = [
         to: "(1.0f + s)",
         test: "swiglu_forward_and_backward",
         says: "instead of",
+    },
+    Mutation {
+        what: "declared for smaller blocks than are launched",
+        file: "rope.cu",
+        from: "void __launch_bounds__(THREADS)",
+        to: "void __launch_bounds__(128)",
+        test: "rope_turns_and_turns_back",
+        says: "is declared for blocks of up to 128 threads, not of 256",
     },
 ];
 

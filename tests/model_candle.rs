@@ -1,15 +1,17 @@
-//! Loss and every gradient of a whole model, with and without LoRA, against candle's autograd in f64.
+//! Loss and every gradient of a whole model, with and without LoRA, on both devices, against candle's autograd in f64.
 //! Tolerances: 1e-6 for the loss, 1e-5 of the largest element for a gradient; 1e-4 for that of a scaling, which is a single
 //! number, the sum of terms of both signs.
 
 #[path = "common/autograd.rs"]
 mod autograd;
+mod common;
 
 use autograd::{assert_close, attention, cross_entropy, grad, indices, noise, rms_norm, rope, swiglu, values, var};
 use candle_core::{Result, Tensor, Var};
+use common::cuda_double::on_both_devices;
 use relora_kit::{
     model::{LlamaConfig, LoraSpec, Model, ParamKind, ProductChoice},
-    ops::Cpu,
+    ops::Device,
 };
 use std::collections::BTreeMap;
 
@@ -55,22 +57,24 @@ fn loss(config: &LlamaConfig, vars: &BTreeMap<String, Var>, lora: Option<&LoraSp
     cross_entropy(&h.matmul(&head.t()?)?.index_select(&indices(&predicting), 0)?, &targets)?.mean_all()
 }
 
-fn check(tied: bool, lora: Option<LoraSpec>) {
+fn compare<D: Device>(device: D, tied: bool, lora: Option<LoraSpec>) {
     let config = LlamaConfig::from_value(&serde_json::json!({"model_type": "llama", "hidden_size": 24,
         "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
         "vocab_size": 37, "tie_word_embeddings": tied, "initializer_range": 0.3}));
-    let mut model = Model::init(Cpu, config.unwrap(), 3).unwrap();
+    let mut model = Model::init(device, config.unwrap(), 3).unwrap();
     if let Some(spec) = &lora {
         model.add_lora(spec.clone());
-        for b in model.params_mut().iter_mut().filter(|p| p.kind == ParamKind::LoraB) {
-            b.value = noise(7, b.elements());
+        let (device, params) = model.device_and_params_mut();
+        for b in params.iter_mut().filter(|p| p.kind == ParamKind::LoraB) {
+            let values = noise(7, b.elements());
+            device.write(&mut b.value, &values);
         }
     }
     let tokens: Vec<u32> = (0..(BATCH * LEN) as u32).map(|i| i * i * 31 % 37).collect();
     let found = model.forward_backward(&tokens, BATCH, LEN, 1.0).unwrap();
 
     let vars: BTreeMap<String, Var> =
-        model.params().iter().map(|p| (p.name.clone(), var(&p.value, &p.shape))).collect();
+        model.params().iter().map(|p| (p.name.clone(), var(&model.device().read(&p.value), &p.shape))).collect();
     let loss = loss(model.config(), &vars, lora.as_ref(), &tokens).unwrap();
     let grads = loss.backward().unwrap();
     let expected = values(&loss)[0];
@@ -79,21 +83,23 @@ fn check(tied: bool, lora: Option<LoraSpec>) {
         assert_eq!(param.grad.is_some(), lora.is_none() || param.kind != ParamKind::Linear, "{}", param.name);
         if let Some(found) = &param.grad {
             let tolerance = if param.kind == ParamKind::LoraScaling { 1e-4 } else { 1e-5 };
-            assert_close(&param.name, found, &grad(&grads, &vars[&param.name]), tolerance);
+            assert_close(&param.name, &model.device().read(found), &grad(&grads, &vars[&param.name]), tolerance);
         }
     }
 }
 
-#[test]
-fn a_full_rank_model_matches_candle() {
-    check(false, None);
-    check(true, None);
+on_both_devices! {
+    fn a_full_rank_model_matches_candle(device) {
+        compare(device.clone(), false, None);
+        compare(device.clone(), true, None);
+    }
 }
 
-#[test]
-fn a_model_with_lora_matches_candle_however_its_products_are_computed() {
-    for product in [ProductChoice::Factored, ProductChoice::Formed, ProductChoice::WholeGradient] {
-        check(false, Some(LoraSpec { product, ..LoraSpec::new(3, 6.0) }));
+on_both_devices! {
+    fn a_model_with_lora_matches_candle_however_its_products_are_computed(device) {
+        for product in [ProductChoice::Factored, ProductChoice::Formed, ProductChoice::WholeGradient] {
+            compare(device.clone(), false, Some(LoraSpec { product, ..LoraSpec::new(3, 6.0) }));
+        }
+        compare(device.clone(), true, Some(LoraSpec { train_scaling: true, ..LoraSpec::new(3, 6.0) }));
     }
-    check(true, Some(LoraSpec { train_scaling: true, ..LoraSpec::new(3, 6.0) }));
 }

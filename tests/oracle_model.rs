@@ -1,11 +1,12 @@
-//! The model against PyTorch: gradients of one batch, and whole training trajectories.
+//! The model against PyTorch, on both devices: gradients of one batch, and whole training trajectories.
 
 mod common;
 
+use common::cuda_double::on_both_devices;
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},
     model::{LoraSpec, Model},
-    ops::{AdamW, Cpu, Device, Tally},
+    ops::{AdamW, Device},
 };
 use serde_json::Value;
 use std::{
@@ -31,30 +32,31 @@ fn json(path: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-fn load(folder: &Path) -> Model<Cpu> {
-    Model::load(Cpu, &Checkpoint::open(folder).unwrap()).unwrap()
+fn load<D: Device>(device: D, folder: &Path) -> Model<D> {
+    Model::load(device, &Checkpoint::open(folder).unwrap()).unwrap()
 }
 
 /// Adds the factors of a PEFT folder, rank and alpha from its config.
-fn attach(model: &mut Model<Cpu>, adapter: &Path) {
+fn attach<D: Device>(model: &mut Model<D>, adapter: &Path) {
     let config = json(&adapter.join("adapter_config.json"));
     let (r, lora_alpha) = (config["r"].as_u64().unwrap() as usize, config["lora_alpha"].as_f64().unwrap());
     model.add_lora(LoraSpec::new(r, lora_alpha));
     set_factors(model, &adapter.join("adapter_model.safetensors"));
 }
 
-fn set_factors(model: &mut Model<Cpu>, file: &Path) {
+fn set_factors<D: Device>(model: &mut Model<D>, file: &Path) {
     let file = TensorFile::open(file).unwrap();
+    let (device, params) = model.device_and_params_mut();
     for tensor in file.tensors() {
         let name = tensor.name().trim_start_matches("base_model.model.").to_owned();
-        let param = model.params_mut().iter_mut().find(|p| p.name == name).unwrap_or_else(|| panic!("no '{name}'"));
+        let param = params.iter_mut().find(|p| p.name == name).unwrap_or_else(|| panic!("no '{name}'"));
         assert_eq!(param.shape, tensor.shape(), "{name}");
-        Cpu.write(&mut param.value, &tensor.to_f32().unwrap());
+        device.write(&mut param.value, &tensor.to_f32().unwrap());
     }
 }
 
 /// Loss to 1e-6, and every gradient to 1e-5 of its tensor's largest element (f32 arithmetic gives about 1e-6).
-fn check_gradients(model: &mut Model<Cpu>, tokens: &[u32], len: usize, loss: f64, grads: &Path) {
+fn check_gradients<D: Device>(model: &mut Model<D>, tokens: &[u32], len: usize, loss: f64, grads: &Path) {
     let batch = tokens.len() / len;
     let (sum, predictions) = model.loss(tokens, batch, len).unwrap();
     let found = model.forward_backward(tokens, batch, len, 1.0).unwrap();
@@ -66,7 +68,7 @@ fn check_gradients(model: &mut Model<Cpu>, tokens: &[u32], len: usize, loss: f64
     assert_eq!(trained, expected.tensors().len());
     for tensor in expected.tensors() {
         let param = model.param(tensor.name()).unwrap_or_else(|| panic!("no '{}'", tensor.name()));
-        let grad = Cpu.read(param.grad.as_ref().unwrap());
+        let grad = model.device().read(param.grad.as_ref().unwrap());
         let mut want = vec![0.0; grad.len()];
         tensor.read_f64(0, &mut want).unwrap();
         let top = want.iter().fold(0.0f64, |m, x| m.max(x.abs()));
@@ -82,57 +84,61 @@ fn check_gradients(model: &mut Model<Cpu>, tokens: &[u32], len: usize, loss: f64
     }
 }
 
-#[test]
-fn gradients_of_every_weight_match_pytorch() {
-    let folder = fixtures().join("gradients");
-    let loss = json(&folder.join("full.json"))["loss"].as_f64().unwrap();
-    let mut model = load(&fixtures().join("tiny_llama"));
-    check_gradients(&mut model, &licence()[..192], 48, loss, &folder.join("full.safetensors"));
+on_both_devices! {
+    fn gradients_of_every_weight_match_pytorch(device) {
+        let folder = fixtures().join("gradients");
+        let loss = json(&folder.join("full.json"))["loss"].as_f64().unwrap();
+        let mut model = load(device.clone(), &fixtures().join("tiny_llama"));
+        check_gradients(&mut model, &licence()[..192], 48, loss, &folder.join("full.safetensors"));
+    }
 }
 
-#[test]
-fn gradients_with_lora_match_pytorch() {
-    let folder = fixtures().join("gradients");
-    let loss = json(&folder.join("lora.json"))["loss"].as_f64().unwrap();
-    let mut model = load(&fixtures().join("tiny_llama"));
-    attach(&mut model, &fixtures().join("tiny_adapter"));
-    check_gradients(&mut model, &licence()[..192], 48, loss, &folder.join("lora.safetensors"));
+on_both_devices! {
+    fn gradients_with_lora_match_pytorch(device) {
+        let folder = fixtures().join("gradients");
+        let loss = json(&folder.join("lora.json"))["loss"].as_f64().unwrap();
+        let mut model = load(device.clone(), &fixtures().join("tiny_llama"));
+        attach(&mut model, &fixtures().join("tiny_adapter"));
+        check_gradients(&mut model, &licence()[..192], 48, loss, &folder.join("lora.safetensors"));
+    }
 }
 
-#[test]
-fn gradients_of_the_oracles_match() {
-    let Some(oracles) = common::oracles() else { return };
-    for case in ["g1_gqa_tied", "g3_lora_untied"] {
-        let folder = oracles.join("train/c4_grads").join(case);
-        let expected = json(&folder.join("expected.json"));
-        let mut model = load(&folder.join("model"));
-        if folder.join("adapter").exists() {
-            attach(&mut model, &folder.join("adapter"));
-        }
-        let tokens = tokens(&folder.join("tokens.bin"));
-        let loss = expected["loss_f64"].as_f64().unwrap();
-        check_gradients(&mut model, &tokens, 64, loss, &folder.join("grads_f64.safetensors"));
+on_both_devices! {
+    fn gradients_of_the_oracles_match(device) {
+        let Some(oracles) = common::oracles() else { return };
+        for case in ["g1_gqa_tied", "g3_lora_untied"] {
+            let folder = oracles.join("train/c4_grads").join(case);
+            let expected = json(&folder.join("expected.json"));
+            let mut model = load(device.clone(), &folder.join("model"));
+            if folder.join("adapter").exists() {
+                attach(&mut model, &folder.join("adapter"));
+            }
+            let tokens = tokens(&folder.join("tokens.bin"));
+            let loss = expected["loss_f64"].as_f64().unwrap();
+            check_gradients(&mut model, &tokens, 64, loss, &folder.join("grads_f64.safetensors"));
 
-        let vocab = model.config().vocab_size;
-        let logits = model.logits(&tokens, 4, 64).unwrap();
-        let last = &logits[63 * vocab..64 * vocab];
-        for (i, (found, want)) in last.iter().zip(expected["last_logits_window0_f64"].as_array().unwrap()).enumerate() {
-            let want = want.as_f64().unwrap();
-            assert!((f64::from(*found) - want).abs() < 1e-5, "{case}: logit {i} is {found}, expected {want}");
+            let vocab = model.config().vocab_size;
+            let logits = model.logits(&tokens, 4, 64).unwrap();
+            let last = &logits[63 * vocab..64 * vocab];
+            for (i, (found, want)) in last.iter().zip(expected["last_logits_window0_f64"].as_array().unwrap()).enumerate() {
+                let want = want.as_f64().unwrap();
+                assert!((f64::from(*found) - want).abs() < 1e-5, "{case}: logit {i} is {found}, expected {want}");
+            }
         }
     }
 }
 
 /// One update as PyTorch does it: clip to norm 1, AdamW on everything that trains.
-struct Trainer {
-    model: Model<Cpu>,
-    moments: Vec<[Vec<f32>; 2]>,
+struct Trainer<D: Device> {
+    model: Model<D>,
+    moments: Vec<[D::Buffer; 2]>,
     step: u64,
 }
 
-impl Trainer {
-    fn new(model: Model<Cpu>) -> Self {
-        let moments = model.params().iter().map(|p| [vec![0.0; p.elements()], vec![0.0; p.elements()]]).collect();
+impl<D: Device> Trainer<D> {
+    fn new(model: Model<D>) -> Self {
+        let zeros = |n| model.device().zeros(n);
+        let moments = model.params().iter().map(|p| [zeros(p.elements()), zeros(p.elements())]).collect();
         Trainer { model, moments, step: 0 }
     }
 
@@ -140,15 +146,16 @@ impl Trainer {
     fn update(&mut self, tokens: &[u32], batch: usize, lr: f64) -> (f64, f64) {
         self.model.zero_grad();
         let loss = self.model.forward_backward(tokens, batch, tokens.len() / batch, 1.0).unwrap();
-        let gradients: Vec<&Vec<f32>> = self.model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
-        let mut tally = Tally::default();
-        Cpu.tally_gradients(&gradients, 1.0, &mut tally);
-        let norm = tally.squares.sqrt();
+        let gradients: Vec<&D::Buffer> = self.model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
+        let mut tally = self.model.device().tally();
+        self.model.device().tally_gradients(&gradients, 1.0, &mut tally);
+        let norm = self.model.device().read_tally(&tally).unwrap().squares.sqrt();
         self.step += 1;
         let settings = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step: self.step };
-        for (param, [m, v]) in self.model.params_mut().iter_mut().zip(&mut self.moments) {
+        let (device, params) = self.model.device_and_params_mut();
+        for (param, [m, v]) in params.iter_mut().zip(&mut self.moments) {
             if let Some(grad) = &param.grad {
-                Cpu.adamw(&settings, &tally, &mut param.value, grad, m, v);
+                device.adamw(&settings, &tally, &mut param.value, grad, m, v);
             }
         }
         (loss, norm)
@@ -174,7 +181,7 @@ impl Trainer {
     fn assert_weights(&self, file: &Path, tolerance: f64) {
         for tensor in TensorFile::open(file).unwrap().tensors() {
             let name = tensor.name().trim_start_matches("base_model.model.");
-            let found = &self.model.param(name).unwrap().value;
+            let found = self.model.device().read(&self.model.param(name).unwrap().value);
             let want = tensor.to_f32().unwrap();
             let worst = found.iter().zip(want.iter()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
             assert!(f64::from(worst) < tolerance, "{name}: off by {worst:e}");
@@ -182,47 +189,50 @@ impl Trainer {
     }
 }
 
-#[test]
-fn full_rank_training_follows_pytorch() {
-    let expected = json(&fixtures().join("full/trajectory.json"));
-    let mut trainer = Trainer::new(load(&fixtures().join("tiny_llama")));
-    trainer.replay(&expected["updates"], &licence()[..20 * 192], 4, ["loss", "grad_norm"]);
-    for (name, want) in expected["final_weights"].as_object().unwrap() {
-        let value = &trainer.model.param(name).unwrap().value;
-        let norm = Cpu.sum_of_squares(value).sqrt();
-        let want = want["norm"].as_f64().unwrap();
-        assert!((norm / want - 1.0).abs() < 1e-5, "{name}: norm {norm}, expected {want}");
+on_both_devices! {
+    fn full_rank_training_follows_pytorch(device) {
+        let expected = json(&fixtures().join("full/trajectory.json"));
+        let mut trainer = Trainer::new(load(device.clone(), &fixtures().join("tiny_llama")));
+        trainer.replay(&expected["updates"], &licence()[..20 * 192], 4, ["loss", "grad_norm"]);
+        for (name, want) in expected["final_weights"].as_object().unwrap() {
+            let value = &trainer.model.param(name).unwrap().value;
+            let norm = trainer.model.device().sum_of_squares(value).sqrt();
+            let want = want["norm"].as_f64().unwrap();
+            assert!((norm / want - 1.0).abs() < 1e-5, "{name}: norm {norm}, expected {want}");
+        }
     }
 }
 
-#[test]
-fn the_full_rank_trajectory_of_the_oracles_is_followed() {
-    let Some(oracles) = common::oracles() else { return };
-    let folder = oracles.join("train/c1_full");
-    let mut trainer = Trainer::new(load(&folder.join("init")));
-    let steps = &json(&folder.join("trajectory.json"))["steps"];
-    trainer.replay(steps, &tokens(&folder.join("tokens.bin")), 4, ["loss_f64", "grad_norm_f64"]);
-    // Two f32 runs of PyTorch differ by 2e-5 there.
-    trainer.assert_weights(&folder.join("final/model.safetensors"), 1e-4);
+on_both_devices! {
+    fn the_full_rank_trajectory_of_the_oracles_is_followed(device) {
+        let Some(oracles) = common::oracles() else { return };
+        let folder = oracles.join("train/c1_full");
+        let mut trainer = Trainer::new(load(device.clone(), &folder.join("init")));
+        let steps = &json(&folder.join("trajectory.json"))["steps"];
+        trainer.replay(steps, &tokens(&folder.join("tokens.bin")), 4, ["loss_f64", "grad_norm_f64"]);
+        // Two f32 runs of PyTorch differ by 2e-5 there.
+        trainer.assert_weights(&folder.join("final/model.safetensors"), 1e-4);
+    }
 }
 
-#[test]
-fn the_lora_trajectory_of_the_oracles_is_followed() {
-    let Some(oracles) = common::oracles() else { return };
-    let folder = oracles.join("train/c2_lora");
-    let mut model = load(&oracles.join("train/c1_full/final"));
-    attach(&mut model, &folder.join("adapter_init"));
-    let mut trainer = Trainer::new(model);
-    let steps = &json(&folder.join("trajectory.json"))["steps"];
-    trainer.replay(steps, &tokens(&folder.join("tokens.bin")), 4, ["loss_f64", "grad_norm_f64"]);
-    trainer.assert_weights(&folder.join("adapter_final/adapter_model.safetensors"), 1e-4);
-    trainer.assert_weights(&folder.join("final_nonlora.safetensors"), 1e-4);
+on_both_devices! {
+    fn the_lora_trajectory_of_the_oracles_is_followed(device) {
+        let Some(oracles) = common::oracles() else { return };
+        let folder = oracles.join("train/c2_lora");
+        let mut model = load(device.clone(), &oracles.join("train/c1_full/final"));
+        attach(&mut model, &folder.join("adapter_init"));
+        let mut trainer = Trainer::new(model);
+        let steps = &json(&folder.join("trajectory.json"))["steps"];
+        trainer.replay(steps, &tokens(&folder.join("tokens.bin")), 4, ["loss_f64", "grad_norm_f64"]);
+        trainer.assert_weights(&folder.join("adapter_final/adapter_model.safetensors"), 1e-4);
+        trainer.assert_weights(&folder.join("final_nonlora.safetensors"), 1e-4);
 
-    // Merging leaves the function as it is.
-    let batch = &tokens(&folder.join("tokens.bin"))[..256];
-    let before = trainer.model.loss(batch, 4, 64).unwrap().0;
-    trainer.model.merge_lora();
-    trainer.model.reset_lora(1);
-    let after = trainer.model.loss(batch, 4, 64).unwrap().0;
-    assert!((after / before - 1.0).abs() < 1e-6, "{before} before the merge, {after} after");
+        // Merging leaves the function as it is.
+        let batch = &tokens(&folder.join("tokens.bin"))[..256];
+        let before = trainer.model.loss(batch, 4, 64).unwrap().0;
+        trainer.model.merge_lora();
+        trainer.model.reset_lora(1);
+        let after = trainer.model.loss(batch, 4, 64).unwrap().0;
+        assert!((after / before - 1.0).abs() < 1e-6, "{before} before the merge, {after} after");
+    }
 }

@@ -104,7 +104,7 @@ macro_rules! on_both_devices {
             use super::*;
 
             $(#[$meta])*
-            fn check<D: relora_kit::ops::Device>($device: D) $body
+            fn check<D: relora_kit::ops::Device + Clone>($device: D) $body
 
             #[test]
             fn cpu() {

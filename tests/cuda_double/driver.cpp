@@ -60,6 +60,8 @@ static unsigned long long setting(const char* name, unsigned long long otherwise
 
 static CUresult sticky = OK;
 static std::string sticky_text;
+// Why a call was refused that changes nothing.
+static std::string refusal = "refused by the test double";
 
 static void fail(CUresult code, const std::string& text) {
     if (sticky != OK) return;
@@ -293,6 +295,8 @@ static void exchange(int line, const void* own, void* other, unsigned size, unsi
 struct Function {
     std::string name;
     void (*invoke)(void**);
+    // The most of a block: what its launch bounds say.
+    unsigned threads;
     char *shared_start, *shared_stop;
 };
 
@@ -707,8 +711,9 @@ CUresult cuModuleLoadData(Module** result, const void* image) {
 CUresult cuModuleGetFunction(Function** result, Module* module, const char* name) {
     READY_OR_RETURN;
     void* symbol = dlsym(module->library, (std::string("cuda_double_kernel_") + name).c_str());
-    if (!symbol) return NOT_FOUND;
-    module->functions[name] = {name, (void (*)(void**))symbol, module->shared_start, module->shared_stop};
+    auto threads = (unsigned*)dlsym(module->library, (std::string("cuda_double_threads_") + name).c_str());
+    if (!symbol || !threads) return NOT_FOUND;
+    module->functions[name] = {name, (void (*)(void**))symbol, *threads, module->shared_start, module->shared_stop};
     *result = &module->functions[name];
     return OK;
 }
@@ -723,6 +728,11 @@ CUresult cuLaunchKernel(
     size_t shared = dynamic_shared + (function->shared_stop - function->shared_start);
     bool fits = gx > 0 && gy > 0 && gz > 0 && block > 0 && gx <= 0x7fffffffu && gy <= 65535 && gz <= 65535 &&
                 block <= 1024 && bz <= 64 && shared <= 48 << 10;
+    if (block > function->threads) {
+        refusal = "kernel " + function->name + " is declared for blocks of up to " + std::to_string(function->threads) +
+                  " threads, not of " + std::to_string(block);
+        return INVALID_VALUE;
+    }
     if (!fits || !args || extra) return INVALID_VALUE;
     static unsigned long long launches, most = setting("CUDA_DOUBLE_LOSE_AFTER", ~0ull);
     if (launches++ >= most) {
@@ -796,7 +806,7 @@ CUresult cuGetErrorName(CUresult error, const char** text) {
 // The double says more than a driver does: what happened where.
 CUresult cuGetErrorString(CUresult error, const char** text) {
     LOCK;
-    *text = error == sticky && error != OK ? sticky_text.c_str() : "refused by the test double";
+    *text = error == sticky && error != OK ? sticky_text.c_str() : refusal.c_str();
     return OK;
 }
 }

@@ -82,12 +82,14 @@ static Result compile(Program& program) {
         text = std::regex_replace(
             text, std::regex("extern __shared__ (\\w+) (\\w+)\\[\\];"), "$1* $2 = ($1*)cuda_double->dynamic_shared;"
         );
-        std::regex kernel("__global__ void (?:__launch_bounds__\\([^)]*\\) )?(\\w+)\\(");
+        // Launch bounds are numbers by now; device.h, which hides them from g++, comes later.
+        std::regex kernel("__global__ void (?:__launch_bounds__\\((\\d+)(?:, \\d+)?\\) )?(\\w+)\\(");
         std::string entries;
         for (std::sregex_iterator i(text.begin(), text.end(), kernel), end; i != end; ++i) {
-            std::string name = (*i)[1];
-            entries += "extern \"C\" void cuda_double_kernel_" + name + "(void** args) { cuda_double_invoke(" + name +
-                       ", args); }\n";
+            std::string threads = (*i)[1].matched ? (*i)[1].str() : "1024", name = (*i)[2];
+            entries += "extern \"C\" { unsigned cuda_double_threads_" + name + " = " + threads +
+                       "; void cuda_double_kernel_" + name + "(void** args) { cuda_double_invoke(" + name +
+                       ", args); } }\n";
         }
         std::ofstream(own + ".ii") << text << "\n" << entries;
         std::string options = "-O2 -fPIC -shared -fno-gnu-unique -ffp-contract=off -w -include '" + header + "' ";
