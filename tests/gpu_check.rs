@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cuda_double::folder;
+use common::cuda_double::{folder, program};
 use relora_kit::ops::FOLDERS_VARIABLE;
 use serde_json::Value;
 use std::{
@@ -13,22 +13,11 @@ use std::{
     process::{Command, Output},
 };
 
-/// The newest test program of this name beside this one: cargo builds all before it runs any.
-fn program(name: &str) -> PathBuf {
-    let own = std::env::current_exe().unwrap();
-    let files = own.parent().unwrap().read_dir().unwrap().map(|e| e.unwrap().path());
-    let is_program = |f: &PathBuf| {
-        f.extension().is_none() && f.file_name().unwrap().to_str().is_some_and(|n| n.starts_with(&format!("{name}-")))
-    };
-    let newest = files.filter(is_program).max_by_key(|f| fs::metadata(f).unwrap().modified().unwrap());
-    newest.expect("tests/cuda_ops.rs is built: run cargo test without --test, or that test before")
-}
-
-/// A GPU of 2 GiB, of which 17 MiB are taken, and 517 while something runs.
+/// Two GPUs of 2 GiB, of which 17 MiB are taken, and 517 while something runs.
 const NVIDIA_SMI: &str = r#"#!/bin/sh
 case "$*" in
-    *index,name*) echo "0, NVIDIA A100-SXM4-40GB, 550.54, 2048" ;;
-    *index,memory.used*) echo "0, 17" ;;
+    *index,name*) for i in 0 1; do echo "$i, NVIDIA A100-SXM4-40GB, 550.54, 2048"; done ;;
+    *index,memory.used*) echo "0, 17"; echo "1, 17" ;;
     *-lms*) echo 517; exec sleep 60 ;;
 esac
 "#;
@@ -45,6 +34,7 @@ impl Workshop {
         let mut command = Command::new(script);
         command.args(args).env("PATH", path).env(FOLDERS_VARIABLE, self.path("libraries"));
         command.env("XDG_CACHE_HOME", folder()).env_remove("LD_LIBRARY_PATH").env_remove("CUDA_VISIBLE_DEVICES");
+        command.env("CUDA_DOUBLE_DEVICES", "2");
         command.output().unwrap()
     }
 
@@ -94,7 +84,7 @@ fn half_an_hour_on_a_gpu_in_small() {
     // A folder that holds something is not packed into.
     assert!(String::from_utf8(workshop.check(&script, &args).stderr).unwrap().contains("is not empty"));
 
-    // Without cuSOLVER all rows are there but one.
+    // Without cuSOLVER and NCCL all rows are there but two.
     for name in ["libcuda.so.1", "libnvrtc.so.12", "libcublas.so.12"] {
         symlink(folder().join(name), workshop.path("libraries").join(name)).unwrap();
     }
@@ -102,7 +92,7 @@ fn half_an_hour_on_a_gpu_in_small() {
     assert_has(
         &table,
         &[
-            "- GPU: 1 x NVIDIA A100-SXM4-40GB (2.00 GiB), driver 550.54",
+            "- GPU: 2 x NVIDIA A100-SXM4-40GB (2.00 GiB), driver 550.54",
             "| kernels | against their CPU twins |  |  |  |  | 2 passed |",
             "| losses | 2 updates, f32, GPU against CPU |",
             "| relora-kit, llama_9m | full rank, tf32, 1 x 32 |",
@@ -112,6 +102,8 @@ fn half_an_hour_on_a_gpu_in_small() {
             "paper: up to 5.5",
             "| merge | rank 128, bf16, 2 threads, 8 products on the GPU |",
             "| spectrum |  |  |  |  |  | none: error: device 'cuda:0' is unavailable",
+            "| several llama_9m | bf16, relora |  |  |  |  | none: error: ",
+            "libnccl.so.2",
         ],
     );
     let before = workshop.rows();
@@ -120,9 +112,20 @@ fn half_an_hour_on_a_gpu_in_small() {
     assert!(!pack.join("train").exists(), "the trainings left something behind");
 
     // The next start measures what failed and keeps the rest.
-    symlink(folder().join("libcusolver.so.11"), workshop.path("libraries/libcusolver.so.11")).unwrap();
-    assert_has(&workshop.measure(), &["| spectrum | 8 of 8 matrices on the GPU |"]);
+    for name in ["libcusolver.so.11", "libnccl.so.2"] {
+        symlink(folder().join(name), workshop.path("libraries").join(name)).unwrap();
+    }
+    assert_has(
+        &workshop.measure(),
+        &[
+            "| spectrum | 8 of 8 matrices on the GPU |",
+            "| relora-kit, llama_9m | 2 GPUs, low rank, r = 128, bf16, 1 x 32 each |",
+            "% of 2 times the speed of one GPU |",
+        ],
+    );
     let after = workshop.rows();
+    let (one, two) = (&after["train llama_9m bf16 relora"], &after["several llama_9m bf16 relora"]);
+    assert!(two["gpus"] == 2 && two["updates"] == 2 && two["first_loss"] != one["first_loss"], "{two}");
     assert!(after["spectrum"]["difference"].as_f64().unwrap() < 1e-6);
     for key in ["tests", "losses", "train llama_9m tf32 full", "train llama_9m tf32 relora"] {
         assert_eq!(after[key], before[key], "{key}");

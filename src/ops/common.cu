@@ -1,7 +1,8 @@
 // What all kernels share; stands before each of the other files when it is compiled. Nothing is included: NVRTC brings
 // the mathematical functions along.
 //
-// No result depends on the order of blocks or on timing: sums run in a fixed order, and nothing is added atomically.
+// No result depends on the order of blocks or on timing: sums run in a fixed order, and only whole numbers are counted
+// atomically.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
