@@ -113,7 +113,9 @@ mod tests {
         model.forward_backward(&tokens, 2, 15, 1.0).unwrap();
         let expected: Vec<Vec<f32>> =
             model.params().iter().map(|p| p.grad.as_ref().unwrap().iter().map(|x| 2.0 * x).collect()).collect();
-        for (size, sums) in [(1, model.params().len() + 1), (20_000, 5), (usize::MAX, 1)] {
+        // 63 kB in all.
+        let each = model.params().len() + 1;
+        for (size, sums) in [(1, each..=each), (20_000, 3..=4), (usize::MAX, 1..=1)] {
             model.zero_grad();
             let twins = Twins::default();
             let mut buckets = Buckets::new(&twins, size);
@@ -125,12 +127,12 @@ mod tests {
             };
             model.forward_backward_then(&tokens, 2, 15, 1.0, &mut Tally::default(), &mut ready).unwrap();
             // The embedding comes last, and most of the others have left by then.
-            assert!(last && (begun + 2 >= sums), "{begun} of {sums}");
+            assert!(last && begun + 2 >= *sums.end(), "{begun} of {sums:?}");
             let (device, params) = model.device_and_params_mut();
             assert_eq!(buckets.finish(device, params, vec![3.0]).unwrap(), [6.0]);
             assert!(model.params().iter().zip(&expected).all(|(p, expected)| p.grad.as_ref() == Some(expected)));
             let sizes = twins.0.lock().unwrap();
-            assert_eq!((sizes.len(), sizes.iter().sum::<usize>()), (sums, model.params().len() + 1), "{sizes:?}");
+            assert!(sums.contains(&sizes.len()) && sizes.iter().sum::<usize>() == each, "{sizes:?}");
         }
     }
 }
