@@ -16,7 +16,7 @@ use std::{
 /// Two GPUs of 2 GiB, of which 17 MiB are taken, and 517 while something runs.
 const NVIDIA_SMI: &str = r#"#!/bin/sh
 case "$*" in
-    *index,name*) for i in 0 1; do echo "$i, NVIDIA A100-SXM4-40GB, 550.54, 2048"; done ;;
+    *index,name*) for i in 0 1; do echo "$i, NVIDIA A100-SXM4-40GB, 550.54, 2048, GPU-$i"; done ;;
     *index,memory.used*) echo "0, 17"; echo "1, 17" ;;
     *-lms*) echo 517; exec sleep 60 ;;
 esac
@@ -115,16 +115,19 @@ fn half_an_hour_on_a_gpu_in_small() {
     for name in ["libcusolver.so.11", "libnccl.so.2"] {
         symlink(folder().join(name), workshop.path("libraries").join(name)).unwrap();
     }
+    let table = workshop.measure();
+    let after = workshop.rows();
+    let (one, two) = (&after["train llama_9m bf16 relora"], &after["several llama_9m bf16 relora"]);
+    let speed = |row: &Value| row["tokens_per_s"].as_f64().unwrap();
+    let efficiency = format!("{:.0}% of 2 times the speed of one GPU |", 100.0 * speed(two) / (2.0 * speed(one)));
     assert_has(
-        &workshop.measure(),
+        &table,
         &[
             "| spectrum | 8 of 8 matrices on the GPU |",
             "| relora-kit, llama_9m | 2 GPUs, low rank, r = 128, bf16, 1 x 32 each |",
-            "% of 2 times the speed of one GPU |",
+            &efficiency,
         ],
     );
-    let after = workshop.rows();
-    let (one, two) = (&after["train llama_9m bf16 relora"], &after["several llama_9m bf16 relora"]);
     assert!(two["gpus"] == 2 && two["updates"] == 2 && two["first_loss"] != one["first_loss"], "{two}");
     assert!(after["spectrum"]["difference"].as_f64().unwrap() < 1e-6);
     for key in ["tests", "losses", "train llama_9m tf32 full", "train llama_9m tf32 relora"] {
