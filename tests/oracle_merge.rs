@@ -54,8 +54,9 @@ fn units(dtype: Dtype) -> f64 {
     if dtype == Dtype::F32 { 4.0 } else { 1.0 }
 }
 
-/// Whether products of f32 add up in the order of PEFT's, as OpenBLAS's kernels for AVX-512 do. Those for other processors
-/// round elsewhere: then elements differ by units of the tensor's largest value, and either side may be nearer to the exact sum.
+/// Whether products of f32 have been seen to come out as PEFT's do, which they have on processors with AVX-512. On one without,
+/// where OpenBLAS takes other kernels, they differ by more than the limit above; why exactly, and by how much at most, was not
+/// looked into.
 #[cfg(target_arch = "x86_64")]
 fn pefts_order() -> bool {
     std::is_x86_feature_detected!("avx512f")
@@ -66,7 +67,7 @@ fn pefts_order() -> bool {
     false
 }
 
-/// How much further from the exact sum than PEFT's a merge may be.
+/// How much further from the exact sum than PEFT's a merge may be: without AVX-512 a choice, not a measured bound.
 fn room() -> f64 {
     if pefts_order() { 1.0 } else { 1.5 }
 }
