@@ -1,11 +1,14 @@
 //! The delta of one weight in row blocks: `scaling * B @ A`, in f32 for merging and in f64 for measuring.
 
+mod product;
+
 use crate::{
     adapter::{Module, ModuleKind},
     checkpoint::{Dtype, Tensor, dtype},
     error::{Error, Result},
 };
-use ndarray::{Array2, ArrayViewMut2, linalg::general_mat_mul, s};
+use ndarray::{Array2, ArrayViewMut2, s};
+use product::multiply;
 use std::ops::Range;
 
 /// A low-rank delta in the layout of the stored weight, `[rows, columns] = scaling * left @ right`.
@@ -35,13 +38,15 @@ impl LowRank<f64> {
 
 impl<T: Real> LowRank<T> {
     /// Rows `rows` of the delta, `scaling * (left @ right)`, overwriting `out` (`[rows.len(), columns]`).
-    pub fn rows(&self, rows: Range<usize>, mut out: ArrayViewMut2<T>) {
-        general_mat_mul(self.scaling, &self.left.slice(s![rows, ..]), &self.right, T::zero(), &mut out);
+    pub fn rows(&self, rows: Range<usize>, out: ArrayViewMut2<T>) {
+        multiply(self.scaling, self.left.slice(s![rows, ..]), self.right.view(), out);
     }
 
-    /// Adds rows `rows` of the delta to `out` (`[rows.len(), columns]`).
+    /// Adds rows `rows` of the delta to `out` (`[rows.len(), columns]`), rounded before: so does PEFT.
     pub fn add_rows(&self, rows: Range<usize>, mut out: ArrayViewMut2<T>) {
-        general_mat_mul(self.scaling, &self.left.slice(s![rows, ..]), &self.right, T::one(), &mut out);
+        let mut own = Array2::zeros(out.dim());
+        self.rows(rows, own.view_mut());
+        out.zip_mut_with(&own, |out, &own| *out = *out + own);
     }
 
     /// The whole delta.
@@ -114,6 +119,8 @@ pub trait Real: ndarray::LinalgScalar + bytemuck::Pod + std::fmt::Display + Send
     fn to_f64(self) -> f64;
     /// Rounded to nearest.
     fn to_f32(self) -> f32;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
     /// Values `first .. first + out.len()` of the flat tensor.
     fn read(tensor: &Tensor, first: usize, out: &mut [Self]) -> Result<()>;
     /// Values from stored bytes.
@@ -134,6 +141,10 @@ impl Real for f32 {
     }
     fn to_f32(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn mul_add(self, a: f32, b: f32) -> f32 {
+        f32::mul_add(self, a, b)
     }
     fn read(tensor: &Tensor, first: usize, out: &mut [f32]) -> Result<()> {
         tensor.read_f32(first, out)
@@ -158,6 +169,10 @@ impl Real for f64 {
     }
     fn to_f32(self) -> f32 {
         self as f32
+    }
+    #[inline(always)]
+    fn mul_add(self, a: f64, b: f64) -> f64 {
+        f64::mul_add(self, a, b)
     }
     fn read(tensor: &Tensor, first: usize, out: &mut [f64]) -> Result<()> {
         tensor.read_f64(first, out)
