@@ -62,24 +62,25 @@ fn one_two_and_four_processes_train_alike_and_twice_the_same() {
     }
 }
 
+/// 36 MB of gradients; the embedding alone is more than MPI's pieces.
+const LARGE: &str = r#"
+    [model]
+    preset = "llama_9m"
+    [data]
+    train = "tokens.safetensors"
+    max_length = 16
+    [train]
+    mode = "full"
+    batch_size = 4
+    num_training_steps = 4
+    lr = 1e-3
+    scheduler = "constant"
+    "#;
+
 #[test]
 fn gradients_of_several_pieces_train_alike() {
     let workshop = Workshop::new();
-    // 36 MB of gradients; the embedding alone is more than MPI's pieces.
-    let config = r#"
-        [model]
-        preset = "llama_9m"
-        [data]
-        train = "tokens.safetensors"
-        max_length = 16
-        [train]
-        mode = "full"
-        batch_size = 4
-        num_training_steps = 4
-        lr = 1e-3
-        scheduler = "constant"
-        "#;
-    fs::write(workshop.path("run.toml"), config).unwrap();
+    fs::write(workshop.path("run.toml"), LARGE).unwrap();
     assert_eq!(workshop.train("alone", &[]).0, 0);
     let runs = ["a", "b"].map(|name| train(&workshop, 2, name, &[]));
     let weights = |run: &Path| fs::read(run.join("checkpoints/step-4/model.safetensors")).unwrap();
@@ -266,4 +267,75 @@ fn mpirun_spreads_merge_and_spectrum_without_changing_a_byte() {
     let (code, three, stderr) = run_mpi(&mut mpirun(3, &spectrum));
     assert_eq!(code, Some(0), "{stderr}");
     assert!(one == three);
+}
+
+/// On GPUs of the test double, whose memory is the host's: any MPI takes its addresses.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod gpus {
+    use super::*;
+    use common::cuda_double::folder;
+    use relora_kit::ops::FOLDERS_VARIABLE;
+
+    const SHORT: [&str; 6] = [
+        "train.num_training_steps=14",
+        "warm_start.num_training_steps=4",
+        "relora.relora=5",
+        "train.batch_size=3",
+        "train.gradient_accumulation=2",
+        "train.save_every=14",
+    ];
+
+    fn on_gpus(workshop: &Workshop, world_size: usize, output: &str, aware: &str, set: &[&str]) -> Ended {
+        let mut args = workshop.train_args(output, set);
+        args.extend(["--device", "cuda", "--collective", "mpi", "-v"].map(str::to_owned));
+        let mut command = mpirun(world_size, &args);
+        command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder());
+        command.env("CUDA_DOUBLE_DEVICES", "3").env("RELORA_KIT_CUDA_AWARE_MPI", aware);
+        run_mpi(&mut command)
+    }
+
+    #[test]
+    fn sums_from_gpu_to_gpu_are_those_through_the_host() {
+        let workshop = Workshop::new();
+        let (code, _, stderr) = workshop.train("cpu", &SHORT);
+        assert_eq!(code, 0, "{stderr}");
+        let alone = trajectory(&PathBuf::from(workshop.path("cpu")));
+        // Three processes do not share out 16 or 32 elements evenly.
+        for (world_size, set) in [(2, &[][..]), (3, &["train.optimizer=adam_zero"])] {
+            let found = both_ways(&workshop, world_size, &[&SHORT[..], set].concat());
+            assert!(apart(&alone, &found) < REASSOCIATION, "{world_size}");
+        }
+        fs::write(workshop.path("run.toml"), LARGE).unwrap();
+        both_ways(&workshop, 2, &["train.num_training_steps=1", "data.max_length=8"]);
+    }
+
+    /// Trains from GPU to GPU and through the host: the same bits. The trajectory.
+    fn both_ways(workshop: &Workshop, world_size: usize, set: &[&str]) -> Vec<[f64; 3]> {
+        let runs = ["1", "0"].map(|aware| {
+            let output = format!("{world_size}-{aware}");
+            let (code, _, stderr) = on_gpus(workshop, world_size, &output, aware, set);
+            assert_eq!(code, Some(0), "{stderr}");
+            assert_eq!(stderr.contains("it sends from GPU to GPU"), aware == "1", "{stderr}");
+            let run = PathBuf::from(workshop.path(&output));
+            let checkpoint = run.join("checkpoints").join(entries(&run.join("checkpoints")).pop().unwrap());
+            let files = ["model.safetensors", "training_state/state.safetensors"];
+            let saved = (files.map(|file| fs::read(checkpoint.join(file)).unwrap()), trajectory(&run));
+            fs::remove_dir_all(run).unwrap();
+            saved
+        });
+        assert!(runs[0] == runs[1], "{world_size}");
+        runs[0].1.clone()
+    }
+
+    #[test]
+    fn whether_mpi_takes_addresses_on_gpus_is_asked_or_said() {
+        let workshop = Workshop::new();
+        let (code, _, stderr) = on_gpus(&workshop, 2, "asked", "", &SHORT);
+        assert!(
+            code == Some(0) && !stderr.contains("from GPU to GPU"),
+            "Debian's Open MPI is not CUDA-aware: {stderr}"
+        );
+        let (code, _, stderr) = on_gpus(&workshop, 2, "said", "yes", &[]);
+        assert!(code == Some(2) && stderr.contains("RELORA_KIT_CUDA_AWARE_MPI is 'yes', expected 1 or 0"), "{stderr}");
+    }
 }

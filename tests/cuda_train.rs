@@ -260,3 +260,52 @@ fn quantised_weights_train_as_on_the_cpu() {
         assert_eq!(common::run(["verify".as_ref(), cpu.run.as_os_str()]).0, 1);
     }
 }
+
+/// What an update asks the GPU for, with so many layers and passes: requests, and memory taken and given back.
+fn asked(workshop: &Path, layers: usize, passes: usize, set: &[&str]) -> [u64; 2] {
+    let model = MODEL.replace("\"num_hidden_layers\": 2", &format!("\"num_hidden_layers\": {layers}"));
+    fs::write(workshop.join("model.json"), model.replace("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 4"))
+        .unwrap();
+    let passes = format!("train.gradient_accumulation={passes}");
+    let config = config(workshop, &[&["relora.lora_dropout=0.1", &passes][..], set].concat());
+    let shard = relora_kit::train::tokens::TokenShard::open(&config.data.train).unwrap();
+    let llama = relora_kit::train::architecture(&config).unwrap();
+    let model = relora_kit::model::Model::init(open(), llama, 3).unwrap();
+    let mut trainer = relora_kit::train::trainer::Trainer::new(config, model, shard).unwrap();
+    let counters = || ["cuda_double_requests", "cuda_double_memory_requests"].map(counter);
+    while trainer.step < 6 {
+        if trainer.cycles_start_here() {
+            trainer.freeze_projections();
+            trainer.start_cycles().unwrap();
+        }
+        trainer.update().unwrap();
+    }
+    let before = counters();
+    trainer.update().unwrap();
+    let after = counters();
+    [after[0] - before[0], after[1] - before[1]]
+}
+
+#[test]
+fn a_pass_asks_the_gpu_for_little() {
+    let _one = ONE_AT_A_TIME.lock();
+    let workshop = workshop();
+    for (name, set) in [
+        ("f32", &[][..]),
+        ("tf32", &["train.tf32=true"]),
+        ("bf16", &[MIXED]),
+        ("nf4", &[MIXED, "relora.quantize=4bit"]),
+    ] {
+        let [a, b, c, d] =
+            [(2, 2), (3, 2), (2, 3), (3, 3)].map(|(layers, passes)| asked(workshop.path(), layers, passes, set));
+        for (i, what) in ["requests", "memory"].into_iter().enumerate() {
+            let per_pass_and_layer = (d[i] - c[i]) - (b[i] - a[i]);
+            let per_pass = (c[i] - a[i]) - 2 * per_pass_and_layer;
+            let per_layer = (b[i] - a[i]) - 2 * per_pass_and_layer;
+            eprintln!(
+                "{name} {what}: {per_pass_and_layer} per layer and pass, {per_pass} per pass, {per_layer} per layer, rest {}",
+                a[i] - 4 * per_pass_and_layer - 2 * per_pass - 2 * per_layer
+            );
+        }
+    }
+}

@@ -6,7 +6,7 @@ mod common;
 
 use common::cuda_double::{folder, open};
 use relora_kit::{
-    collective::{Alone, Collective, Job, Nccl, OnEnding, Ranks},
+    collective::{Alone, Collective, Job, Members, Nccl, OnEnding, Ranks},
     model::{LlamaConfig, LoraSpec, Model, Param, ParamKind},
     ops::{Cuda, Device},
 };

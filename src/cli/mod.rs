@@ -22,7 +22,11 @@ use crate::{
     report::Format,
 };
 use clap::{Args, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 /// Train ReLoRA models, merge low-rank deltas into checkpoints, and prove the rank of the summed update.
 #[derive(Parser)]
@@ -159,11 +163,10 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// In one piece: a launcher of several processes writes to the same place.
 fn report_error(e: &Error) {
-    eprintln!("error: {e}");
-    if let Some(help) = &e.help {
-        eprintln!("help: {help}");
-    }
+    let help = e.help.as_ref().map_or(String::new(), |help| format!("help: {help}\n"));
+    let _ = io::stderr().write_all(format!("error: {e}\n{help}").as_bytes());
 }
 
 /// The last `--color` of the command line; clap itself obeys NO_COLOR.

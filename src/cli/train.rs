@@ -2,11 +2,11 @@
 
 use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device, ranks};
 #[cfg(feature = "mpi")]
-use crate::collective::MpiCollective;
+use crate::collective::{MpiCollective, MpiOnGpus};
 use crate::{
     collective::{Alone, Collective, Job, Nccl},
     error::{Error, Result},
-    ops::{Cpu, CudaOptions, Device, Profiled},
+    ops::{Cpu, Cuda, CudaOptions, Device, Profiled},
     progress::Progress,
     report::{self, Format},
     staged,
@@ -95,7 +95,7 @@ pub struct Args {
 enum CollectiveChoice {
     /// NVIDIA's, from GPU to GPU
     Nccl,
-    /// Through the host's memory; of a build with the feature `mpi`
+    /// From GPU to GPU where MPI is CUDA-aware, else through the host's memory; of a build with the feature `mpi`
     Mpi,
 }
 
@@ -140,10 +140,20 @@ impl Args {
         let device = open_cuda(ordinal, progress)?;
         ranks::warn_of_shared_gpus(job, &device, progress)?;
         if self.collective == Some(CollectiveChoice::Mpi) {
-            return self.train_on(device, mpi(job)?, progress);
+            return self.train_by_mpi(device, job, progress);
         }
         let nccl = Nccl::start(job.clone(), &device, &CudaOptions::from_env(ordinal).libraries)?;
         self.train_on(device, nccl, progress)
+    }
+
+    /// From GPU to GPU where MPI can, through the host's memory where not.
+    fn train_by_mpi(&self, device: Cuda, job: &Arc<Job>, progress: &Progress) -> Result<Option<Summary>> {
+        #[cfg(feature = "mpi")]
+        if let Some(between_gpus) = MpiOnGpus::start(job.clone(), job.mpi()?, &device)? {
+            progress.detail("MPI is CUDA-aware: it sends from GPU to GPU");
+            return self.train_on(device, between_gpus, progress);
+        }
+        self.train_on(device, mpi(job)?, progress)
     }
 
     fn plan(&self, presets: &[String]) -> Result<Plan> {
@@ -164,7 +174,7 @@ impl Args {
         D: Device + Clone,
         C: Collective<D> + Collective<Profiled<D>> + 'static,
     {
-        let leads = Collective::<D>::is_leader(&collective);
+        let leads = collective.is_leader();
         if !self.profile {
             return self.train(device, Arc::new(collective), progress);
         }

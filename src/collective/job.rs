@@ -1,6 +1,6 @@
 //! The processes of one job, met: what they need of each other besides the sums of buffers.
 
-use super::{OnEnding, Ranks, Rendezvous};
+use super::{Line, OnEnding, Ranks, rendezvous};
 use crate::error::{Error, Result};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 /// This process among the others of its job, with an open line to them.
 pub struct Job {
     ranks: Ranks,
-    line: Rendezvous,
+    line: Line,
     #[cfg(feature = "mpi")]
     mpi: OnceLock<Arc<Mpi>>,
 }
@@ -35,7 +35,7 @@ impl Job {
             ))
             .help("build it with `cargo install --path . --features mpi`, or say where rank 0 is: mpirun -x MASTER_ADDR=HOST"));
         }
-        let line = Rendezvous::meet(&ranks, limit, on_ending)?;
+        let line = rendezvous::meet(&ranks, limit, on_ending)?;
         Ok(Job {
             ranks,
             line,
@@ -90,7 +90,7 @@ impl Job {
         Ok(all.first().map_or(String::new(), |said| String::from_utf8_lossy(said).into_owned()))
     }
 
-    /// Tells the others that this process ends with `error`; see [`Rendezvous::fail`].
+    /// Tells the others that this process ends with `error`; see [`Line::fail`].
     pub fn fail(&self, error: &Error) -> bool {
         self.line.fail(error)
     }

@@ -4,7 +4,9 @@
 //! only, and notices a process that dies.
 
 mod alone;
+mod gpu;
 mod job;
+mod line;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod nccl;
@@ -14,41 +16,67 @@ mod wire;
 
 pub use alone::Alone;
 pub use job::Job;
+pub use line::{Ending, Line, OnEnding};
 #[cfg(feature = "mpi")]
-pub use mpi::{Mpi, MpiCollective};
+pub use mpi::{Mpi, MpiCollective, MpiOnGpus};
 pub use nccl::Nccl;
 pub use ranks::{Master, Ranks};
-pub use rendezvous::{Ending, JOIN_VARIABLE, OnEnding, Rendezvous, join_limit};
+pub use rendezvous::{JOIN_VARIABLE, join_limit};
 
 use crate::{error::Result, ops::Device};
 
 /// Buffers that are on their way: calling it waits, and gives them back in the order they were handed over.
 pub type Pending<D> = Box<dyn FnOnce(&D) -> Result<Vec<<D as Device>::Buffer>>>;
 
-/// What the processes of a job do together. Every process calls the same methods in the same order; a call ends when all
-/// have made it. A process that is gone ends the job through its [`Rendezvous`], whatever the others wait in.
-pub trait Collective<D: Device>: Send + Sync {
+/// The processes that compute together.
+pub trait Members: Send + Sync {
     /// This process, from 0.
     fn rank(&self) -> usize;
     /// Processes in all.
     fn world_size(&self) -> usize;
     /// A process in words: `rank 2 (node1)`.
     fn name(&self, rank: usize) -> String;
-
-    /// Begins to sum each buffer over all processes, element by element in f32 and in the order of the ranks: the same bits
-    /// on every process, and in every run with as many. The caller computes on; it waits by calling what this returns.
-    fn begin_all_reduce(&self, device: &D, buffers: Vec<D::Buffer>) -> Pending<D>;
-    /// Gives every process what `root` holds in `buffer`; all have one of the same length.
-    fn broadcast(&self, device: &D, root: usize, buffer: &mut D::Buffer) -> Result<()>;
     /// Gives every process the few bytes of each, in the order of the ranks.
     fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
     /// Returns when all processes have come here.
     fn barrier(&self) -> Result<()> {
         self.gather(&[]).map(|_| ())
     }
-
     /// Whether this is the process that writes files and reports.
     fn is_leader(&self) -> bool {
         self.rank() == 0
+    }
+}
+
+/// What they do with buffers. Every process calls the same methods in the same order; a call ends when all have made it. A
+/// process that is gone ends the job through its [`Line`], whatever the others wait in.
+pub trait Collective<D: Device>: Members {
+    /// Begins to sum each buffer over all processes, element by element in f32: the same bits on every process, and in every
+    /// run with as many. The caller computes on; it waits by calling what this returns.
+    fn begin_all_reduce(&self, device: &D, buffers: Vec<D::Buffer>) -> Pending<D>;
+    /// Gives every process what `root` holds in `buffer`; all have one of the same length.
+    fn broadcast(&self, device: &D, root: usize, buffer: &mut D::Buffer) -> Result<()>;
+}
+
+/// Belongs to a job, whose processes are the members.
+trait InJob: Send + Sync {
+    fn job(&self) -> &Job;
+}
+
+impl<T: InJob> Members for T {
+    fn rank(&self) -> usize {
+        self.job().ranks().rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.job().ranks().world_size
+    }
+
+    fn name(&self, rank: usize) -> String {
+        self.job().name(rank)
+    }
+
+    fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.job().gather(own)
     }
 }

@@ -4,10 +4,10 @@
 //! The order of a sum is NCCL's: the same bits on every process, and in every run with the same processes on the same
 //! machines and the same library.
 
-use super::{Collective, Job, Pending};
+use super::{Collective, InJob, Job, Pending, gpu::OnGpu};
 use crate::{
     error::{Error, Result},
-    ops::{Communicator, Cuda, Device, NcclLibrary, Profiled},
+    ops::{Communicator, Cuda, NcclLibrary},
 };
 use std::{path::PathBuf, sync::Arc};
 
@@ -30,36 +30,13 @@ impl Nccl {
     }
 }
 
-/// A GPU, profiled or not.
-trait OnGpu: Device<Buffer = <Cuda as Device>::Buffer> {
-    fn gpu(&self) -> &Cuda;
-}
-
-impl OnGpu for Cuda {
-    fn gpu(&self) -> &Cuda {
-        self
-    }
-}
-
-impl OnGpu for Profiled<Cuda> {
-    fn gpu(&self) -> &Cuda {
-        self.inner()
+impl InJob for Nccl {
+    fn job(&self) -> &Job {
+        &self.job
     }
 }
 
 impl<D: OnGpu> Collective<D> for Nccl {
-    fn rank(&self) -> usize {
-        self.job.ranks().rank
-    }
-
-    fn world_size(&self) -> usize {
-        self.job.ranks().world_size
-    }
-
-    fn name(&self, rank: usize) -> String {
-        self.job.name(rank)
-    }
-
     fn begin_all_reduce(&self, device: &D, mut buffers: Vec<D::Buffer>) -> Pending<D> {
         let sum = self.gpus.begin_sum(device.gpu(), &mut buffers);
         Box::new(move |device| {
@@ -71,9 +48,5 @@ impl<D: OnGpu> Collective<D> for Nccl {
     fn broadcast(&self, device: &D, root: usize, buffer: &mut D::Buffer) -> Result<()> {
         self.gpus.broadcast(device.gpu(), root, buffer);
         Ok(())
-    }
-
-    fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.job.gather(own)
     }
 }

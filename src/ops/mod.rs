@@ -37,7 +37,8 @@ pub use attention::AttentionShape;
 pub use cpu::Cpu;
 pub use cross_entropy::IGNORE;
 pub use cuda::{
-    Communicator, Cuda, CudaOptions, FOLDERS_VARIABLE, GpuGram, GpuMatrix, NcclId, NcclLibrary, Products, Solver, Sum,
+    Communicator, Cuda, CudaOptions, Exchange, FOLDERS_VARIABLE, GpuGram, GpuMatrix, NcclId, NcclLibrary, Products,
+    Solver, Span, Sum,
 };
 pub use dropout::Dropout;
 pub use matmul::{Factor, Mat, MatMut};

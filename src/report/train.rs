@@ -56,6 +56,9 @@ impl Report for Summary {
         if let Some(peak) = self.device_peak_memory {
             rows.push(("peak memory of the device", bytes(peak)));
         }
+        if let Some(share) = self.host_wait {
+            rows.push(("host waits for the GPU", format!("{:.0}% of the time", 100.0 * share)));
+        }
         rows.push(("final checkpoint", self.checkpoint.display().to_string()));
         let mut tables = facts(&format!("run {}", self.run.display()), rows);
         if !self.operations.is_empty() {

@@ -66,6 +66,7 @@ impl<'a, D: Device> Buckets<'a, D> {
 mod tests {
     use super::*;
     use crate::{
+        collective::Members,
         model::{LlamaConfig, Model},
         ops::{Cpu, Tally},
     };
@@ -75,7 +76,7 @@ mod tests {
     #[derive(Default)]
     struct Twins(Mutex<Vec<usize>>);
 
-    impl Collective<Cpu> for Twins {
+    impl Members for Twins {
         fn rank(&self) -> usize {
             0
         }
@@ -88,6 +89,12 @@ mod tests {
             format!("twin {rank}")
         }
 
+        fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+            Ok(vec![own.to_vec(); 2])
+        }
+    }
+
+    impl Collective<Cpu> for Twins {
         fn begin_all_reduce(&self, _device: &Cpu, mut buffers: Vec<Vec<f32>>) -> Pending<Cpu> {
             self.0.lock().unwrap().push(buffers.len());
             buffers.iter_mut().flatten().for_each(|x| *x *= 2.0);
@@ -96,10 +103,6 @@ mod tests {
 
         fn broadcast(&self, _device: &Cpu, _root: usize, _buffer: &mut Vec<f32>) -> Result<()> {
             Ok(())
-        }
-
-        fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-            Ok(vec![own.to_vec(); 2])
         }
     }
 

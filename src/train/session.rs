@@ -27,7 +27,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 /// What a finished run has to say.
@@ -62,6 +62,9 @@ pub struct Summary {
     /// Bytes of the device's memory in use at the peak, where that is not the process's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_peak_memory: Option<u64>,
+    /// On a GPU: the share of the training's time in which the host waited for it. Near 0, the GPU waits for the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_wait: Option<f64>,
     /// Where the time went, if that was asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub operations: Vec<OperationTime>,
@@ -81,6 +84,9 @@ pub struct Session<D: Device> {
     interrupted: bool,
     started: Instant,
     train_seconds: f64,
+    /// Whether the device works while the host goes on, and how long the host has waited for it.
+    on_gpu: bool,
+    host_wait: Duration,
     losses: Vec<f64>,
 }
 
@@ -221,6 +227,7 @@ impl<D: Device> Session<D> {
         metrics: Option<Metrics>,
         progress: &Progress,
     ) -> Session<D> {
+        let on_gpu = trainer.model.device().peak_memory().is_some();
         Session {
             dir,
             manifest,
@@ -231,6 +238,8 @@ impl<D: Device> Session<D> {
             interrupted: false,
             started: Instant::now(),
             train_seconds: 0.0,
+            on_gpu,
+            host_wait: Duration::ZERO,
             losses: Vec::new(),
         }
     }
@@ -281,6 +290,7 @@ impl<D: Device> Session<D> {
         self.interrupted = update.interrupted;
         let seconds = began.elapsed().as_secs_f64();
         self.train_seconds += seconds;
+        self.host_wait += update.host_wait;
         let per_update = self.trainer.config().tokens_per_update();
         let row = UpdateRow {
             step: self.trainer.step,
@@ -289,6 +299,7 @@ impl<D: Device> Session<D> {
             grad_norm: update.grad_norm,
             tokens: self.trainer.tokens_after(self.trainer.step),
             tokens_per_s: per_update as f64 / seconds,
+            host_wait: self.on_gpu.then(|| update.host_wait.as_secs_f64() / seconds),
             cycle,
             restarts: cycle.saturating_sub(1),
             skipped: update.outcome != UpdateOutcome::Applied,
@@ -472,6 +483,7 @@ impl<D: Device> Session<D> {
             run: self.dir.0,
             peak_memory: peak_memory(),
             device_peak_memory: self.trainer.model.device().peak_memory(),
+            host_wait: self.on_gpu.then(|| self.host_wait.as_secs_f64() / self.train_seconds),
             operations: Vec::new(),
         })
     }

@@ -18,7 +18,10 @@ use crate::{
     model::{LoraSpec, Model, ParamKind, Store},
     ops::{Device, Rounding, TALLY_SHARE, Tally},
 };
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// A model in training, and where it is.
 pub struct Trainer<D: Device> {
@@ -52,6 +55,8 @@ pub struct Update {
     pub lr: f64,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// Time in which the host waited for the device.
+    pub host_wait: Duration,
     /// Whether the weights moved.
     pub outcome: UpdateOutcome,
     /// Whether someone wants the training to stop here: in this process or, as all learn with the same update, another.
@@ -286,6 +291,7 @@ impl<D: Device> Trainer<D> {
                 loss: f64::NAN,
                 lr,
                 grad_norm: f64::NAN,
+                host_wait: Duration::ZERO,
                 outcome,
                 interrupted: self.alone_and_asked(),
             });
@@ -297,7 +303,9 @@ impl<D: Device> Trainer<D> {
         self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
 
         // Here the host waits, and nowhere else.
+        let began = Instant::now();
         let Tally { loss, squares, factor, signals } = self.model.device().read_tally(&tally)?;
+        let host_wait = began.elapsed();
         let interrupted = signals > 0.0 || self.alone_and_asked();
         let (grad_norm, applied) = (squares.sqrt(), !factor.is_nan());
         match applied {
@@ -318,7 +326,7 @@ impl<D: Device> Trainer<D> {
             .help("lower train.lr or lengthen train.restart_warmup_steps, and resume from the last checkpoint"));
         }
         let outcome = if applied { UpdateOutcome::Applied } else { UpdateOutcome::NotFinite };
-        Ok(Update { loss, lr, grad_norm, outcome, interrupted })
+        Ok(Update { loss, lr, grad_norm, host_wait, outcome, interrupted })
     }
 
     /// Forward and backward over the update's batch: the gradients of all processes together are with the parameters, and

@@ -84,8 +84,9 @@ static size_t used, used_most;
 // What the pool has got and keeps. A pool gets more when it has too little, as a driver does it; the program should have
 // reserved what it needs.
 static unsigned long long reserved, growths;
-// How often the host has waited for the GPU.
-static unsigned long long waits;
+// How often the host has waited for the GPU, what it has asked it for (kernels, products, copies, fills), and how often for
+// memory or to take it back.
+static unsigned long long waits, requests, memory_requests;
 
 static void poison(void* start, size_t bytes) {
     for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy((char*)start + i, &POISON, 4);
@@ -147,6 +148,7 @@ static void leave(CUresult code, const std::string& text) {
 extern "C" CUresult cuda_double_protect(const char* what, void (*work)(void*), void* argument) {
     LOCK;
     if (sticky != OK) return sticky;
+    requests++;
     static unsigned long long calls, most = setting("CUDA_DOUBLE_LOSE_AFTER_CALLS", ~0ull);
     if (strncmp(what, "kernel", 6) && calls++ >= most) {
         fail(LAUNCH_FAILED, "unspecified launch failure");
@@ -544,9 +546,17 @@ CUresult cuStreamSynchronize(Stream* stream) {
     return sticky;
 }
 
-// For tests: how often the host has waited so far, and how often the pool had to grow.
+// For tests: what was counted so far.
 unsigned long long cuda_double_waits() {
     return waits;
+}
+
+unsigned long long cuda_double_requests() {
+    return requests;
+}
+
+unsigned long long cuda_double_memory_requests() {
+    return memory_requests;
 }
 
 unsigned long long cuda_double_growths() {
@@ -588,6 +598,7 @@ CUresult cuMemAllocFromPoolAsync(CUdeviceptr* result, size_t bytes, int* pool, S
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
     if (bytes == 0 || pool != &the_pool) return INVALID_VALUE;
+    memory_requests++;
     if (used + bytes > setting("CUDA_DOUBLE_MEMORY", 1ull << 31)) return OUT_OF_MEMORY;
     size_t pages = (bytes + page() - 1) / page() * page();
     Allocation a;
@@ -614,6 +625,7 @@ CUresult cuMemAllocFromPoolAsync(CUdeviceptr* result, size_t bytes, int* pool, S
 CUresult cuMemFreeAsync(CUdeviceptr address, Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    memory_requests++;
     auto found = allocations.find(address);
     if (found == allocations.end()) return INVALID_VALUE;
     check_before(address, found->second);
@@ -650,6 +662,7 @@ CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, Str
     STREAM_OR_RETURN(stream);
     if (!inside(address, 4 * count)) return INVALID_VALUE;
     for (size_t i = 0; i < count; i++) ((unsigned*)address)[i] = value;
+    requests++;
     stream->asked++;
     return OK;
 }
@@ -663,6 +676,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t byt
     bool is_locked = after != locked.begin() && (char*)source + bytes <= std::prev(after)->first + std::prev(after)->second;
     if (!is_locked) waits++;
     memcpy((void*)target, source, bytes);
+    requests++;
     stream->asked++;
     return OK;
 }
@@ -672,6 +686,7 @@ CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, size_t bytes, St
     STREAM_OR_RETURN(stream);
     if (!inside(source, bytes)) return INVALID_VALUE;
     memcpy(target, (void*)source, bytes);
+    requests++;
     return OK;
 }
 
@@ -680,6 +695,7 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t byt
     STREAM_OR_RETURN(stream);
     if (!inside(source, bytes) || !inside(target, bytes)) return INVALID_VALUE;
     memmove((void*)target, (void*)source, bytes);
+    requests++;
     stream->asked++;
     return OK;
 }
@@ -766,6 +782,15 @@ CUresult cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
     finish(event->stream);
     auto& known = stream->waits_for[event->stream];
     known = std::max(known, event->asked);
+    return sticky;
+}
+
+// The host waits.
+CUresult cuEventSynchronize(Event* event) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(event->stream);
+    finish(event->stream);
+    waits++;
     return sticky;
 }
 

@@ -1,9 +1,13 @@
-//! Collectives by MPI: for CPUs, and for GPUs whose values then travel through the host. Cargo feature `mpi`.
+//! Collectives by MPI, cargo feature `mpi`: from the host's memory, on CPUs or GPUs, or from GPU to GPU where MPI can ([`MpiOnGpus`]).
 //!
 //! One thread makes all calls of MPI, as its level `MPI_THREAD_FUNNELED` asks, so that sums go on while the others compute.
 //! It looks now and then whether a call has ended instead of waiting in it: MPI's own waiting takes a whole core.
 
-use super::{Collective, Job, OnEnding, Pending, Ranks, Rendezvous, rendezvous};
+mod gpus;
+
+pub use gpus::MpiOnGpus;
+
+use super::{Collective, InJob, Job, Line, OnEnding, Pending, Ranks, rendezvous};
 use crate::{
     error::{Error, Result},
     ops::Device,
@@ -74,7 +78,7 @@ impl Mpi {
     }
 
     /// Opens a line to rank 0, whose address MPI carries.
-    pub(super) fn meet(&self, ranks: &Ranks, limit: Duration, on_ending: OnEnding) -> Result<Rendezvous> {
+    pub(super) fn meet(&self, ranks: &Ranks, limit: Duration, on_ending: OnEnding) -> Result<Line> {
         const LONGEST: usize = 4096;
         let (mut said, mut listener) = (vec![0u8; LONGEST], None);
         if ranks.is_leader() {
@@ -95,7 +99,7 @@ impl Mpi {
             said
         })?;
         if let Some(listener) = listener {
-            return Rendezvous::lead(listener, ranks, "", limit, on_ending);
+            return rendezvous::lead(listener, ranks, "", limit, on_ending);
         }
         let text = String::from_utf8_lossy(&said);
         let mut words = text.trim_end_matches('\0').split(' ').map(str::to_owned);
@@ -104,7 +108,7 @@ impl Mpi {
         if hosts.first() == Some(&rendezvous::host_name()) {
             hosts.insert(0, "localhost".into());
         }
-        Rendezvous::join(&hosts, port, ranks, "", limit, on_ending)
+        rendezvous::join(&hosts, port, ranks, "", limit, on_ending)
     }
 
     /// Has the thread do something, and returns at once.
@@ -185,7 +189,7 @@ fn sum(world: &SimpleCommunicator, values: &mut [f32], waiting: &AtomicUsize) {
     }
 }
 
-/// [`Collective`] by MPI.
+/// [`Collective`] by MPI, from the host's memory.
 #[derive(Clone)]
 pub struct MpiCollective {
     job: Arc<Job>,
@@ -199,19 +203,13 @@ impl MpiCollective {
     }
 }
 
+impl InJob for MpiCollective {
+    fn job(&self) -> &Job {
+        &self.job
+    }
+}
+
 impl<D: Device> Collective<D> for MpiCollective {
-    fn rank(&self) -> usize {
-        self.job.ranks().rank
-    }
-
-    fn world_size(&self) -> usize {
-        self.job.ranks().world_size
-    }
-
-    fn name(&self, rank: usize) -> String {
-        self.job.name(rank)
-    }
-
     fn begin_all_reduce(&self, device: &D, mut buffers: Vec<D::Buffer>) -> Pending<D> {
         let mut values = Vec::with_capacity(buffers.iter().map(|b| device.len(b)).sum());
         buffers.iter().for_each(|buffer| values.extend_from_slice(&device.view(buffer)));
@@ -248,9 +246,5 @@ impl<D: Device> Collective<D> for MpiCollective {
             device.write(buffer, &values);
         }
         Ok(())
-    }
-
-    fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.job.gather(own)
     }
 }

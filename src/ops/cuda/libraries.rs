@@ -115,8 +115,10 @@ const DRIVER: &Needed = &NEEDED[0];
 const CUBLAS: &Needed = &NEEDED[2];
 
 /// What sums over processes call of the driver besides.
-const DRIVER_EVENTS: &Needed =
-    &Needed { symbols: &["cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuStreamWaitEvent"], ..NEEDED[0] };
+const DRIVER_EVENTS: &Needed = &Needed {
+    symbols: &["cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuEventSynchronize", "cuStreamWaitEvent"],
+    ..NEEDED[0]
+};
 
 /// What spectra call of cuBLAS besides.
 const CUBLAS_F64: &Needed = &Needed { symbols: &["cublasDasum_v2", "cublasDsyrk_v2"], ..NEEDED[2] };
@@ -159,9 +161,14 @@ pub fn load_products(device: &str, folders: &[PathBuf]) -> Result<()> {
 /// NCCL's file.
 pub const NCCL: &str = "libnccl.so.2";
 
+/// Makes sure of what streams beside that of the kernels call of the driver, which is loaded.
+pub fn check_events(device: &str) -> Result<()> {
+    load_these(device, &[], &[DRIVER_EVENTS])
+}
+
 /// Loads NCCL, and makes sure of the driver's functions that it is used with.
 pub fn load_nccl(device: &str, folders: &[PathBuf]) -> Result<Library> {
-    load_these(device, folders, &[DRIVER_EVENTS])?;
+    check_events(device)?;
     let own = folders.iter().find_map(|folder| version(folder, "nccl")).unwrap_or_else(|| NCCL.into());
     // SAFETY: NVIDIA's library has no other effect than being loaded.
     unsafe { Library::new(&own) }.map_err(|e| {

@@ -11,12 +11,14 @@ mod buffer;
 mod compile;
 mod device;
 mod driver;
+mod exchange;
 mod libraries;
 mod memory;
 mod nccl;
 mod products;
 mod quantise;
 mod solver;
+mod stream;
 
 use crate::{
     error::{Error, Result},
@@ -34,6 +36,7 @@ use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
+pub use exchange::{Exchange, Span};
 pub use libraries::FOLDERS_VARIABLE;
 pub use nccl::{Communicator, Nccl as NcclLibrary, NcclId, Sum};
 pub use products::{GpuMatrix, Products};
@@ -144,6 +147,11 @@ impl Cuda {
 
     /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.
     fn launch(&self, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
+        self.launch_on(self.0.gpu.stream(), kernel, grid, shared, args);
+    }
+
+    /// [`Cuda::launch`], on another stream.
+    fn launch_on(&self, stream: sys::CUstream, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
         if grid.contains(&0) {
             return;
         }
@@ -163,7 +171,7 @@ impl Cuda {
                     1,
                     1,
                     shared,
-                    gpu.stream(),
+                    stream,
                     pointers.as_mut_ptr(),
                     std::ptr::null_mut(),
                 )

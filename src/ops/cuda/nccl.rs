@@ -3,12 +3,18 @@
 //!
 //! Its functions are looked up here: the library is called `libnccl.so.2` everywhere, a name that cudarc does not try.
 
-use super::{Cuda, buffer::CudaBuffer, driver::Gpu, libraries};
+use super::{
+    Cuda,
+    buffer::CudaBuffer,
+    driver::Gpu,
+    libraries,
+    stream::{Event, Stream},
+};
 use crate::{
     error::{Error, Result},
     ops::Device,
 };
-use cudarc::driver::sys::{self as driver, CUevent, CUstream};
+use cudarc::driver::sys::CUstream;
 use libloading::Library;
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
@@ -90,7 +96,7 @@ pub struct Nccl(Arc<Functions>);
 pub struct Communicator {
     functions: Arc<Functions>,
     gpu: Arc<Gpu>,
-    stream: CUstream,
+    stream: Stream,
     /// NCCL wants its calls one after the other.
     comm: Mutex<Handle>,
 }
@@ -99,17 +105,6 @@ struct Handle(Comm);
 
 // SAFETY: a communicator may be used from any thread, by one at a time: it is behind a mutex.
 unsafe impl Send for Handle {}
-// SAFETY: the stream is the driver's, which may be used from any thread.
-unsafe impl Send for Communicator {}
-// SAFETY: as above.
-unsafe impl Sync for Communicator {}
-
-/// Something that a stream has to wait for.
-struct Event {
-    gpu: Arc<Gpu>,
-    handle: CUevent,
-}
-
 impl Nccl {
     /// Looks for the library in `folders`, then where the system looks.
     pub fn load(cuda: &Cuda, folders: &[PathBuf]) -> Result<Nccl> {
@@ -130,13 +125,10 @@ impl Nccl {
     pub fn join(&self, cuda: &Cuda, id: NcclId, rank: usize, world_size: usize) -> Result<Communicator> {
         let gpu = &cuda.0.gpu;
         gpu.enter()?;
-        let (mut comm, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: the pointers are to variables of the types that are written; the context is current.
-        unsafe {
-            gpu.check("cuStreamCreate", driver::cuStreamCreate(&mut stream, 1))?;
-            let joined = (self.0.comm_init_rank)(&mut comm, world_size as c_int, Id(id), rank as c_int);
-            self.0.check(gpu, "ncclCommInitRank", joined)?;
-        }
+        let (stream, mut comm) = (Stream::new(gpu)?, std::ptr::null_mut());
+        // SAFETY: the pointer is to a variable of the type that is written; the context is current.
+        let joined = unsafe { (self.0.comm_init_rank)(&mut comm, world_size as c_int, Id(id), rank as c_int) };
+        self.0.check(gpu, "ncclCommInitRank", joined)?;
         Ok(Communicator { functions: self.0.clone(), gpu: gpu.clone(), stream, comm: Mutex::new(Handle(comm)) })
     }
 }
@@ -153,7 +145,7 @@ impl Communicator {
                     f.check(&self.gpu, "ncclGroupStart", (f.group_start)())?;
                     for (address, len) in places.into_iter().filter(|(_, len)| *len > 0) {
                         let place = address as *mut c_void;
-                        let result = (f.all_reduce)(place, place, len, FLOAT32, SUM, comm, self.stream);
+                        let result = (f.all_reduce)(place, place, len, FLOAT32, SUM, comm, self.stream.handle());
                         f.check(&self.gpu, "ncclAllReduce", result)?;
                     }
                     f.check(&self.gpu, "ncclGroupEnd", (f.group_end)())
@@ -170,7 +162,8 @@ impl Communicator {
             self.on_own_stream(|comm| {
                 let f = &self.functions;
                 // SAFETY: the buffer has so many f32 elements, and the kernels' stream waits below.
-                let result = unsafe { (f.broadcast)(place, place, len, FLOAT32, root as c_int, comm, self.stream) };
+                let stream = self.stream.handle();
+                let result = unsafe { (f.broadcast)(place, place, len, FLOAT32, root as c_int, comm, stream) };
                 f.check(&self.gpu, "ncclBroadcast", result)
             })
         });
@@ -181,9 +174,9 @@ impl Communicator {
     fn on_own_stream(&self, work: impl FnOnce(Comm) -> Result<()>) -> Result<Event> {
         self.gpu.enter()?;
         let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
-        Event::record(&self.gpu, self.gpu.stream())?.delay(self.stream)?;
+        Event::record(&self.gpu, self.gpu.stream())?.delay(self.stream.handle())?;
         work(comm.0)?;
-        Event::record(&self.gpu, self.stream)
+        Event::record(&self.gpu, self.stream.handle())
     }
 }
 
@@ -191,11 +184,8 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         let comm = self.comm.get_mut().unwrap_or_else(PoisonError::into_inner);
         if self.gpu.enter().is_ok() {
-            // SAFETY: nobody else has them. All sums were waited for, or the job has failed: aborting waits for no one.
-            unsafe {
-                (self.functions.comm_abort)(comm.0);
-                driver::cuStreamDestroy_v2(self.stream);
-            }
+            // SAFETY: nobody else has it. All sums were waited for, or the job has failed: aborting waits for no one.
+            unsafe { (self.functions.comm_abort)(comm.0) };
         }
     }
 }
@@ -208,36 +198,6 @@ impl Sum {
     pub fn wait(self, cuda: &Cuda) {
         if let Some(done) = self.0 {
             cuda.attempt(|gpu| done.delay(gpu.stream()));
-        }
-    }
-}
-
-impl Event {
-    /// Comes when all that `stream` has been asked for is done.
-    fn record(gpu: &Arc<Gpu>, stream: CUstream) -> Result<Event> {
-        gpu.enter()?;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: the pointer is to a variable of the type that the driver writes; 2: the event keeps no time.
-        gpu.check("cuEventCreate", unsafe { driver::cuEventCreate(&mut handle, 2) })?;
-        let event = Event { gpu: gpu.clone(), handle };
-        // SAFETY: both live.
-        gpu.check("cuEventRecord", unsafe { driver::cuEventRecord(handle, stream) })?;
-        Ok(event)
-    }
-
-    /// Lets `stream` wait for it.
-    fn delay(&self, stream: CUstream) -> Result<()> {
-        self.gpu.enter()?;
-        // SAFETY: both live.
-        self.gpu.check("cuStreamWaitEvent", unsafe { driver::cuStreamWaitEvent(stream, self.handle, 0) })
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.gpu.enter().is_ok() {
-            // SAFETY: nobody else has it; streams that wait for it go on waiting.
-            unsafe { driver::cuEventDestroy_v2(self.handle) };
         }
     }
 }

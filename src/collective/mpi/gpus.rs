@@ -1,0 +1,161 @@
+//! Collectives by an MPI that is CUDA-aware: it takes addresses on the GPU. Values go from GPU to GPU, and are added up there.
+
+use super::{BROADCAST, Mpi, PIECE, complete, wait_for};
+use crate::{
+    collective::{Collective, InJob, Job, Pending, gpu::OnGpu},
+    error::{Error, Result},
+    ops::{Cuda, Exchange, Span},
+};
+use mpi::{
+    datatype::{AsDatatype, Buffer, BufferMut, Collection, Equivalence, Pointer, PointerMut},
+    topology::SimpleCommunicator,
+    traits::*,
+};
+use std::{
+    ffi::{c_int, c_void},
+    sync::{Arc, atomic::AtomicUsize},
+};
+
+/// Says whether MPI takes addresses on GPUs (1) or not (0), where MPI cannot be asked itself.
+pub const AWARE_VARIABLE: &str = "RELORA_KIT_CUDA_AWARE_MPI";
+
+/// [`Collective`] by MPI, between GPUs.
+#[derive(Clone)]
+pub struct MpiOnGpus {
+    job: Arc<Job>,
+    mpi: Arc<Mpi>,
+    exchange: Arc<Exchange>,
+}
+
+impl MpiOnGpus {
+    /// Of this job, whose MPI is `mpi`; `None` where some process has an MPI that is not CUDA-aware.
+    pub fn start(job: Arc<Job>, mpi: Arc<Mpi>, cuda: &Cuda) -> Result<Option<MpiOnGpus>> {
+        let all = job.gather(&[is_aware()?.into()])?;
+        if all.iter().any(|aware| aware != &[1]) {
+            return Ok(None);
+        }
+        // As many elements for every process, whatever a sum's length is.
+        let exchange = Exchange::new(cuda, PIECE * job.ranks().world_size)?;
+        Ok(Some(MpiOnGpus { job, mpi, exchange: Arc::new(exchange) }))
+    }
+}
+
+/// What the environment says about MPI, or what Open MPI says about itself.
+fn is_aware() -> Result<bool> {
+    match std::env::var(AWARE_VARIABLE).unwrap_or_default().as_str() {
+        "1" => return Ok(true),
+        "0" => return Ok(false),
+        "" => {}
+        other => {
+            return Err(Error::request(format!("{AWARE_VARIABLE} is '{other}', expected 1 or 0"))
+                .help("1 where MPI takes addresses on GPUs, as MPICH does with MPICH_GPU_SUPPORT_ENABLED=1"));
+        }
+    }
+    // SAFETY: the name is a string of C; a function of this name is that of Open MPI's mpi-ext.h.
+    unsafe {
+        let function = libc::dlsym(libc::RTLD_DEFAULT, c"MPIX_Query_cuda_support".as_ptr());
+        if function.is_null() {
+            return Ok(false);
+        }
+        Ok(std::mem::transmute::<*mut c_void, unsafe extern "C" fn() -> c_int>(function)() == 1)
+    }
+}
+
+/// What MPI is given.
+struct Place(Span);
+
+// SAFETY: so many f32 lie there; whoever makes a place keeps them until MPI is done.
+unsafe impl Pointer for Place {
+    fn pointer(&self) -> *const c_void {
+        self.0.address as *const c_void
+    }
+}
+
+// SAFETY: as above.
+unsafe impl PointerMut for Place {
+    fn pointer_mut(&mut self) -> *mut c_void {
+        self.0.address as *mut c_void
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Collection for Place {
+    fn count(&self) -> i32 {
+        self.0.len as i32
+    }
+}
+
+// SAFETY: as above.
+unsafe impl AsDatatype for Place {
+    type Out = <f32 as Equivalence>::Out;
+
+    fn as_datatype(&self) -> Self::Out {
+        f32::equivalent_datatype()
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Buffer for Place {}
+// SAFETY: as above.
+unsafe impl BufferMut for Place {}
+
+/// [`super::sum`], on the GPU.
+fn sum(world: &SimpleCommunicator, values: Span, exchange: &Exchange, waiting: &AtomicUsize) -> Result<()> {
+    let processes = world.size() as usize;
+    for first in (0..values.len).step_by(PIECE * processes) {
+        let piece = values.part(first, (values.len - first).min(PIECE * processes));
+        let part = piece.len.div_ceil(processes);
+        // What is beyond the piece's end in the last part is carried along, and never copied back.
+        let [out, back] = [exchange.out(), exchange.back()].map(|all| all.part(0, part * processes));
+        exchange.copy(piece, out.part(0, piece.len))?;
+        exchange.finish()?;
+        let (sent, mut arrived) = (Place(out), Place(back));
+        mpi::request::scope(|scope| {
+            complete(world.immediate_all_to_all_into(scope, &sent, &mut arrived), waiting);
+        });
+        let own = back.part(0, part);
+        (1..processes).for_each(|rank| exchange.add(back.part(rank * part, part), own));
+        exchange.finish()?;
+        let (sent, mut arrived) = (Place(own), Place(out));
+        mpi::request::scope(|scope| {
+            complete(world.immediate_all_gather_into(scope, &sent, &mut arrived), waiting);
+        });
+        exchange.copy(out.part(0, piece.len), piece)?;
+    }
+    exchange.finish()
+}
+
+impl InJob for MpiOnGpus {
+    fn job(&self) -> &Job {
+        &self.job
+    }
+}
+
+impl<D: OnGpu> Collective<D> for MpiOnGpus {
+    fn begin_all_reduce(&self, _device: &D, buffers: Vec<D::Buffer>) -> Pending<D> {
+        let (before, exchange) = (self.exchange.before(), self.exchange.clone());
+        // The buffers go along: they must be there until MPI is done, whoever waits for it.
+        let sums = self.mpi.begin(move |world, waiting| {
+            exchange.arrive(&before?)?;
+            let mut spans = buffers.iter().map(|buffer| exchange.span(buffer));
+            spans.try_for_each(|span| sum(world, span, &exchange, waiting)).map(|()| buffers)
+        });
+        let waiting = self.mpi.waiting.clone();
+        Box::new(move |_| wait_for(&sums, &waiting)?)
+    }
+
+    fn broadcast(&self, _device: &D, root: usize, buffer: &mut D::Buffer) -> Result<()> {
+        let (before, exchange, span) = (self.exchange.before()?, self.exchange.clone(), self.exchange.span(buffer));
+        self.mpi.ask(move |world, waiting| {
+            exchange.arrive(&before)?;
+            for first in (0..span.len).step_by(BROADCAST) {
+                let mut piece = Place(span.part(first, (span.len - first).min(BROADCAST)));
+                mpi::request::scope(|scope| {
+                    let root = world.process_at_rank(root as i32);
+                    complete(root.immediate_broadcast_into(scope, &mut piece), waiting);
+                });
+            }
+            Ok(())
+        })?
+    }
+}

@@ -1,0 +1,101 @@
+//! What a GPU does for sums whose values another library carries from process to process, by their addresses on the GPU:
+//! room for what goes out and comes in, and adding up. On a stream beside that of the kernels, which go on.
+
+use super::{
+    Cuda, blocks,
+    buffer::CudaBuffer,
+    libraries,
+    memory::Memory,
+    stream::{Event, Stream},
+};
+use crate::error::Result;
+use cudarc::driver::sys;
+
+/// f32 elements on a GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Of the first, as the GPU counts.
+    pub address: u64,
+    /// How many.
+    pub len: usize,
+}
+
+impl Span {
+    /// `len` elements from element `first` on.
+    pub fn part(self, first: usize, len: usize) -> Span {
+        assert!(first + len <= self.len, "elements {first} to {} of {}", first + len, self.len);
+        Span { address: self.address + 4 * first as u64, len }
+    }
+}
+
+/// Two pieces of memory, and a stream.
+pub struct Exchange {
+    cuda: Cuda,
+    stream: Stream,
+    out: Memory,
+    back: Memory,
+}
+
+/// All that the kernels' stream was asked for until it was made.
+pub struct Before(Event);
+
+impl Exchange {
+    /// With room for so many elements in each direction.
+    pub fn new(cuda: &Cuda, elements: usize) -> Result<Exchange> {
+        let gpu = &cuda.0.gpu;
+        libraries::check_events(&gpu.name)?;
+        let memory = || Memory::new(gpu, 4 * elements);
+        Ok(Exchange { cuda: cuda.clone(), stream: Stream::new(gpu)?, out: memory()?, back: memory()? })
+    }
+
+    /// What goes out.
+    pub fn out(&self) -> Span {
+        Span { address: self.out.address(), len: self.out.bytes() / 4 }
+    }
+
+    /// What comes back.
+    pub fn back(&self) -> Span {
+        Span { address: self.back.address(), len: self.back.bytes() / 4 }
+    }
+
+    /// Where a buffer of f32 lies.
+    pub fn span(&self, buffer: &CudaBuffer) -> Span {
+        Span { address: buffer.address(0), len: buffer.len }
+    }
+
+    /// What has to be done before buffers can be read.
+    pub fn before(&self) -> Result<Before> {
+        Event::record(&self.cuda.0.gpu, self.cuda.0.gpu.stream()).map(Before)
+    }
+
+    /// The host waits for the kernels.
+    pub fn arrive(&self, before: &Before) -> Result<()> {
+        before.0.wait()
+    }
+
+    /// The host waits for all that [`Exchange::copy`] and [`Exchange::add`] do.
+    pub fn finish(&self) -> Result<()> {
+        self.cuda.first_failure().map_or(Ok(()), Err)?;
+        self.stream.synchronize()
+    }
+
+    /// `to = from`, of one length.
+    pub fn copy(&self, from: Span, to: Span) -> Result<()> {
+        assert_eq!(from.len, to.len, "copy: lengths");
+        if from.len == 0 {
+            return Ok(());
+        }
+        let gpu = &self.cuda.0.gpu;
+        gpu.enter()?;
+        // SAFETY: spans lie in memory that lives as long as the sum; what else uses it has been waited for.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.address, from.address, 4 * from.len, self.stream.handle()) };
+        gpu.check("copying on the GPU", result)
+    }
+
+    /// `to += from`, of one length.
+    pub fn add(&self, from: Span, to: Span) {
+        assert_eq!(from.len, to.len, "add: lengths");
+        let args = [1f32.into(), from.address.into(), to.address.into(), from.len.into()];
+        self.cuda.launch_on(self.stream.handle(), "axpy", [blocks(from.len), 1, 1], 0, &args);
+    }
+}
