@@ -20,7 +20,7 @@ struct Mutation {
     says: &'static str,
 }
 
-const MUTATIONS: [Mutation; 27] = [
+const MUTATIONS: [Mutation; 28] = [
     Mutation {
         what: "a wrong stride",
         file: "rope.cu",
@@ -202,6 +202,14 @@ const MUTATIONS: [Mutation; 27] = [
         file: "softmax.cu",
         from: "lse[(first + row / e.len * step) * e.len + query] = ",
         to: "lse[(first + row / e.len) * e.len + query] = ",
+        test: "attention_of_narrow_heads",
+        says: "instead of",
+    },
+    Mutation {
+        what: "matrices of the second window that are those of the first",
+        file: "elementwise.cu",
+        from: "to[i] = a + row * a_row",
+        to: "to[i] = a",
         test: "attention_of_narrow_heads",
         says: "instead of",
     },

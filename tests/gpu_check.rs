@@ -119,7 +119,10 @@ fn half_an_hour_on_a_gpu_in_small() {
     let after = workshop.rows();
     let (one, two) = (&after["train llama_9m bf16 relora"], &after["several llama_9m bf16 relora"]);
     let speed = |row: &Value| row["tokens_per_s"].as_f64().unwrap();
-    let efficiency = format!("{:.0}% of 2 times the speed of one GPU |", 100.0 * speed(two) / (2.0 * speed(one)));
+    let (efficiency, waited) = (100.0 * speed(two) / (2.0 * speed(one)), 100.0 * two["host_wait"].as_f64().unwrap());
+    let efficiency = format!(
+        "{efficiency:.0}% of 2 times the speed of one GPU; the host waits for the GPU {waited:.0}% of the time |"
+    );
     assert_has(
         &table,
         &[

@@ -61,3 +61,17 @@ KERNEL tanh_backward(const float* p, const double* product, float* dp) {
     double s = (double)tanhf(*p);
     *dp = (float)((double)*dp + (1.0 - s * s) * *product);
 }
+
+// Where the matrices of three kinds are, of each kind `rows` times `columns` that follow each other in two steps of bytes.
+KERNEL places(
+    u64* to, u32 rows, u32 columns, u64 a, u64 a_row, u64 a_column, u64 b, u64 b_row, u64 b_column, u64 c, u64 c_row,
+    u64 c_column
+) {
+    u64 count = (u64)rows * columns;
+    FOR_EACH(i, count) {
+        u64 row = i / columns, column = i % columns;
+        to[i] = a + row * a_row + column * a_column;
+        to[count + i] = b + row * b_row + column * b_column;
+        to[2 * count + i] = c + row * c_row + column * c_column;
+    }
+}

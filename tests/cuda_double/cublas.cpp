@@ -147,7 +147,7 @@ Status cublasSetPointerMode_v2(Handle* handle, int mode) {
 }
 
 // The kinds of elements and of sums that a product may have: those that the program asks for.
-static Status product(Handle* handle, Product& p, int compute, int algorithm) {
+static Status check(Handle* handle, Product& p, int compute, int algorithm) {
     bool a_fits = p.a.ld >= (p.a.transposed ? p.k : p.m), b_fits = p.b.ld >= (p.b.transposed ? p.n : p.k);
     bool known = (p.a.type == F32 || p.a.type == BF16) && p.a.type == p.b.type && (p.c.type == F32 || p.c.type == p.a.type);
     if (!handle->stream || p.m <= 0 || p.n <= 0 || p.k <= 0 || p.count <= 0 || !a_fits || !b_fits || p.c.ld < p.m) {
@@ -155,6 +155,12 @@ static Status product(Handle* handle, Product& p, int compute, int algorithm) {
     }
     if (!known || compute != 68 || algorithm != -1) return NOT_SUPPORTED;
     p.tf32 = handle->mode == 3 && p.a.type == F32;
+    return OK;
+}
+
+static Status product(Handle* handle, Product& p, int compute, int algorithm) {
+    Status refused = check(handle, p, compute, algorithm);
+    if (refused != OK) return refused;
     return protect()("a product", run, &p) == 0 ? OK : EXECUTION_FAILED;
 }
 
@@ -174,6 +180,36 @@ Status cublasGemmStridedBatchedEx(
     Product p = {m, n, k, count, alpha, beta, {a, at, lda, sa, ta != 0}, {b, bt, ldb, sb, tb != 0}, {c, ct, ldc, sc, false},
                  false};
     return product(handle, p, compute, algorithm);
+}
+
+// The addresses lie on the GPU: they are read when the product is made.
+struct Batch {
+    Product each;
+    char **a, **b, **c;
+};
+
+static void run_batch(void* argument) {
+    Batch& batch = *(Batch*)argument;
+    for (int i = 0; i < batch.each.count; i++) {
+        Product p = batch.each;
+        p.count = 1;
+        p.a.data = batch.a[i];
+        p.b.data = batch.b[i];
+        p.c.data = batch.c[i];
+        run(&p);
+    }
+}
+
+Status cublasGemmBatchedEx(
+    Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, char** a, int at, int lda, char** b, int bt,
+    int ldb, const float* beta, char** c, int ct, int ldc, int count, int compute, int algorithm
+) {
+    Product p = {m, n, k, count, alpha, beta, {nullptr, at, lda, 0, ta != 0}, {nullptr, bt, ldb, 0, tb != 0},
+                 {nullptr, ct, ldc, 0, false}, false};
+    Status refused = check(handle, p, compute, algorithm);
+    if (refused != OK) return refused;
+    Batch batch = {p, a, b, c};
+    return protect()("a product", run_batch, &batch) == 0 ? OK : EXECUTION_FAILED;
 }
 
 Status cublasSgemm_v2(

@@ -1,5 +1,5 @@
 //! Attention on a GPU, in two ways. Where scores are to be exact in f32, or too many for memory, the kernels of attention.cu
-//! go through them in tiles. Elsewhere the products are cuBLAS's, on tensor cores: the scores of some heads of one window
+//! go through them in tiles. Elsewhere the products are cuBLAS's, on tensor cores: the scores of some heads
 //! exist for a while, and softmax.cu turns them into probabilities.
 
 use super::{
@@ -10,9 +10,11 @@ use super::{
     typed,
 };
 use crate::ops::{AttentionShape, Element};
+use std::ops::Range;
 
-/// Bytes of scores that exist at a time, and the longest window whose scores may.
-const SCORES: usize = 64 << 20;
+/// Bytes of scores that exist at a time, and the longest window whose scores may. Fewer are more launches than a fast GPU has
+/// time for: with these, 16 windows of 512 tokens and 12 heads are two pieces forward and three backward.
+const SCORES: usize = 256 << 20;
 const LONGEST: usize = 4096;
 
 /// Bytes of shared memory for `whole` tiles of `tile` rows of D, and `square` tiles of scores.
@@ -49,8 +51,11 @@ impl Cuda {
         let &AttentionShape { batch, len, heads, kv_heads, head_dim } = shape;
         let per_window = len * kv_heads * head_dim;
         let scores = if self.has_scores(shape, element) {
-            let bytes = (8 + 2 * width(element)) * len * len;
-            8 * per_window + bytes * (SCORES / bytes).clamp(1, kv_heads)
+            let bytes = 8 + 2 * width(element);
+            let windows = Heads::windows_at_a_time(shape, bytes);
+            let most = (SCORES / (bytes * len * len)).clamp(1, kv_heads);
+            // Gradients of keys and values, scores, and where the matrices of a product are.
+            windows * (8 * per_window + most * (bytes * len * len + 24))
         } else {
             2 * width(element) * batch * per_window
         };
@@ -122,73 +127,85 @@ impl Cuda {
     }
 }
 
-/// Some heads of one window: the query heads `group`, `group + H/K`, ... of which each has a key/value head of its own.
+/// Some heads: of one window some, or all of several windows. The query heads `group`, `group + H/K`, ... of each, of which
+/// every one has a key/value head of its own.
 struct Heads<'a> {
     shape: &'a AttentionShape,
-    window: usize,
+    windows: Range<usize>,
     group: usize,
-    /// The first key/value head, and how many.
-    first: usize,
-    count: usize,
+    /// Key/value heads of each window.
+    kv: Range<usize>,
 }
 
 impl Heads<'_> {
-    /// All of them in turn, so that `bytes` per score do not exceed [`SCORES`], where that can be. `then` comes after the
-    /// last ones of each window.
-    fn each(shape: &AttentionShape, bytes: usize, mut work: impl FnMut(&Heads), mut then: impl FnMut(usize)) {
-        let most = (SCORES / (bytes * shape.len * shape.len)).max(1);
-        for window in 0..shape.batch {
+    /// Windows whose heads are taken together, so that `bytes` per score do not exceed [`SCORES`]; 1 at least.
+    fn windows_at_a_time(shape: &AttentionShape, bytes: usize) -> usize {
+        (SCORES / (bytes * shape.len * shape.len) / shape.kv_heads).clamp(1, shape.batch)
+    }
+
+    /// All of them in turn, where one window has too many some at a time. `then` comes after the last ones of some windows.
+    fn each(shape: &AttentionShape, bytes: usize, mut work: impl FnMut(&Heads), mut then: impl FnMut(Range<usize>)) {
+        let most = (SCORES / (bytes * shape.len * shape.len)).clamp(1, shape.kv_heads);
+        let step = Self::windows_at_a_time(shape, bytes);
+        for first_window in (0..shape.batch).step_by(step) {
+            let windows = || first_window..(first_window + step).min(shape.batch);
             for group in 0..shape.heads / shape.kv_heads {
                 for first in (0..shape.kv_heads).step_by(most) {
-                    let count = most.min(shape.kv_heads - first);
-                    work(&Heads { shape, window, group, first, count });
+                    let kv = first..(first + most).min(shape.kv_heads);
+                    work(&Heads { shape, windows: windows(), group, kv });
                 }
             }
-            then(window);
+            then(windows());
         }
+    }
+
+    fn count(&self) -> usize {
+        self.windows.len() * self.kv.len()
     }
 
     /// By columns, as cuBLAS has it: (D, T) of each query head in q, o or their gradients.
     fn queries(&self, x: &CudaBuffer) -> Matrix {
         let AttentionShape { len, heads, kv_heads, head_dim: d, .. } = *self.shape;
-        let per_kv = heads / kv_heads;
-        let offset = (self.window * len * heads + self.first * per_kv + self.group) * d;
-        Matrix::new(x.address(0), x.element, offset, heads * d).every(per_kv * d)
+        let (per_kv, window) = (heads / kv_heads, len * heads * d);
+        let offset = self.windows.start * window + (self.kv.start * per_kv + self.group) * d;
+        Matrix::new(x.address(0), x.element, offset, heads * d).every(per_kv * d).again(window)
     }
 
     /// (D, T) of each key/value head in k or v.
     fn keys(&self, x: &CudaBuffer) -> Matrix {
         let AttentionShape { len, kv_heads, head_dim: d, .. } = *self.shape;
-        let offset = (self.window * len * kv_heads + self.first) * d;
-        Matrix::new(x.address(0), x.element, offset, kv_heads * d).every(d)
+        let window = len * kv_heads * d;
+        let offset = self.windows.start * window + self.kv.start * d;
+        Matrix::new(x.address(0), x.element, offset, kv_heads * d).every(d).again(window)
     }
 
-    /// (D, T) of each key/value head in the f32 gradient of one window.
+    /// (D, T) of each key/value head in the f32 gradient of these windows.
     fn key_gradients(&self, x: &Memory) -> Matrix {
-        let AttentionShape { kv_heads, head_dim: d, .. } = *self.shape;
-        Matrix::new(x.address(), Element::F32, self.first * d, kv_heads * d).every(d)
+        let AttentionShape { len, kv_heads, head_dim: d, .. } = *self.shape;
+        Matrix::new(x.address(), Element::F32, self.kv.start * d, kv_heads * d).every(d).again(len * kv_heads * d)
     }
 
     /// (keys, queries) of each head.
     fn scores(&self, x: &Memory, element: Element) -> Matrix {
-        let len = self.shape.len;
-        Matrix::new(x.address(), element, 0, len).every(len * len)
+        let each = self.shape.len * self.shape.len;
+        Matrix::new(x.address(), element, 0, self.shape.len).every(each).again(self.kv.len() * each)
     }
 
-    /// For the kernels of softmax.cu: rows in all, where the window's first head begins, how heads follow each other.
+    /// For the kernels of softmax.cu: rows in all, the first head's place among all, how heads follow each other. Windows that
+    /// are taken together are taken whole, so one number says it.
     fn rows(&self) -> [Arg; 3] {
         let AttentionShape { len, heads, kv_heads, .. } = *self.shape;
         let per_kv = heads / kv_heads;
-        let first = self.window * heads + self.first * per_kv + self.group;
-        [(self.count * len).into(), (first as u32).into(), (per_kv as u32).into()]
+        let first = self.windows.start * heads + self.kv.start * per_kv + self.group;
+        [(self.count() * len).into(), (first as u32).into(), (per_kv as u32).into()]
     }
 }
 
 impl Cuda {
     #[allow(clippy::too_many_arguments)]
     fn per_head(&self, heads: &Heads, [m, n, k]: [usize; 3], alpha: f32, a: Matrix, b: Matrix, beta: f32, c: Matrix) {
-        let product = Product { m, n, k, count: heads.count, alpha: Alpha::Number(alpha), a, b, beta, c };
-        self.attempt(|gpu| self.0.blas.multiply(gpu, &product));
+        let count = [heads.windows.len(), heads.kv.len()];
+        self.multiply(&Product { m, n, k, count, alpha: Alpha::Number(alpha), a, b, beta, c });
     }
 
     fn attend_by_products(
@@ -200,12 +217,12 @@ impl Cuda {
     ) {
         let (len, d, element) = (shape.len, shape.head_dim, q.element);
         let work = |heads: &Heads| {
-            let scores = self.allocate(heads.count * len * len);
-            let p = self.allocate_bytes(width(element) * heads.count * len * len);
+            let n = heads.count() * len * len;
+            let (scores, p) = (self.allocate(n), self.allocate_bytes(width(element) * n));
             let s = || heads.scores(&scores, Element::F32);
             self.per_head(heads, [len, len, d], 1.0, heads.keys(k).t(), heads.queries(q), 0.0, s());
             let rows = heads.rows();
-            let blocks = (heads.count * len).div_ceil(WARPS as usize) as u32;
+            let blocks = (heads.count() * len).div_ceil(WARPS as usize) as u32;
             let args = with_extents(&shape, [(&scores).into(), (&p).into(), (&*lse).into()]);
             let args: Vec<Arg> = args.into_iter().chain(rows).collect();
             self.launch(typed!("softmax_forward", element), [blocks, 1, 1], 0, &args);
@@ -223,17 +240,18 @@ impl Cuda {
         d_o: &CudaBuffer,
     ) {
         let (len, d, element, per_window) = (shape.len, shape.head_dim, q.element, k.len / shape.batch);
-        // Of one window, until no head needs its keys and values any more.
-        let [dk, dv] = [(); 2].map(|()| self.allocate(per_window));
+        let bytes = 8 + 2 * width(element);
+        // Of windows that are taken together, until no head needs their keys and values any more.
+        let [dk, dv] = [(); 2].map(|()| self.allocate(Heads::windows_at_a_time(&shape, bytes) * per_window));
         let work = |heads: &Heads| {
-            let n = heads.count * len * len;
+            let n = heads.count() * len * len;
             let [scores, d_p] = [(); 2].map(|()| self.allocate(n));
             let [p, ds] = [(); 2].map(|()| self.allocate_bytes(width(element) * n));
             let f32_scores = |x| heads.scores(x, Element::F32);
             self.per_head(heads, [len, len, d], 1.0, heads.keys(k).t(), heads.queries(q), 0.0, f32_scores(&scores));
             self.per_head(heads, [len, len, d], 1.0, heads.keys(v).t(), heads.queries(d_o), 0.0, f32_scores(&d_p));
             let rows = heads.rows();
-            let blocks = (heads.count * len).div_ceil(WARPS as usize) as u32;
+            let blocks = (heads.count() * len).div_ceil(WARPS as usize) as u32;
             let args = [&scores, &d_p, &lse.memory, delta, &p, &ds].map(Arg::from);
             let args: Vec<Arg> = with_extents(&shape, args).into_iter().chain(rows).collect();
             self.launch(typed!("softmax_backward", element), [blocks, 1, 1], 0, &args);
@@ -244,12 +262,39 @@ impl Cuda {
             self.per_head(heads, [d, len, len], scale, heads.queries(q), ds().t(), beta, heads.key_gradients(&dk));
             self.per_head(heads, [d, len, len], scale, heads.keys(k), ds(), 0.0, heads.queries(q));
         };
-        let then = |window: usize| {
+        let then = |windows: Range<usize>| {
             for (gradient, x) in [(&dk, &*k), (&dv, &*v)] {
-                let target = (x.address(window * per_window), element);
-                self.convert((gradient.address(), Element::F32), target, per_window);
+                let target = (x.address(windows.start * per_window), element);
+                self.convert((gradient.address(), Element::F32), target, windows.len() * per_window);
             }
         };
-        Heads::each(&shape, 8 + 2 * width(element), work, then);
+        Heads::each(&shape, bytes, work, then);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_heads_come_once_and_their_windows_end_after_them() {
+        let shape = AttentionShape { batch: 5, len: 16, heads: 12, kv_heads: 4, head_dim: 8 };
+        // Heads whose scores there is room for, and the pieces that makes.
+        for (room, pieces) in [(0, 60), (1, 60), (3, 30), (4, 15), (7, 15), (8, 9), (19, 6), (20, 3), (1000, 3)] {
+            let bytes = SCORES / (16 * 16 * room).max(1) - usize::from(room > 0);
+            let (mut seen, mut ended, mut count) = (vec![0; 60], 0, 0);
+            let work = |heads: &Heads| {
+                count += 1;
+                assert!(heads.count() <= room.max(1) && heads.kv.len() * heads.windows.len() == heads.count());
+                assert!(heads.windows.len() == 1 || heads.kv == (0..4), "what `rows` counts on");
+                let places = heads.windows.clone().flat_map(|w| heads.kv.clone().map(move |kv| 12 * w + 3 * kv));
+                places.for_each(|place| seen[place + heads.group] += 1);
+            };
+            Heads::each(&shape, bytes, work, |windows| {
+                assert!(windows.start == ended && windows.len() <= Heads::windows_at_a_time(&shape, bytes));
+                ended = windows.end;
+            });
+            assert!(seen.iter().all(|times| *times == 1) && ended == 5 && count == pieces, "{room}: {count} {seen:?}");
+        }
     }
 }

@@ -37,17 +37,17 @@ pub(super) struct Matrix {
     pub element: Element,
     /// Elements from one column to the next.
     pub leading: usize,
-    /// Elements from one matrix to the next.
-    pub stride: usize,
+    /// Elements from one matrix to the next, and from one row of matrices to the next.
+    pub strides: [usize; 2],
     pub transposed: bool,
 }
 
-/// `c = alpha · a · b + beta · c` for `count` matrices each; a is m x k, b k x n, after they have been transposed.
+/// `c = alpha · a · b + beta · c` for `count` rows of `count` matrices each; a is m x k, b k x n, after they have been transposed.
 pub(super) struct Product<'a> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    pub count: usize,
+    pub count: [usize; 2],
     pub alpha: Alpha<'a>,
     pub a: Matrix,
     pub b: Matrix,
@@ -90,12 +90,13 @@ impl Blas {
         self.tf32.load(Ordering::Relaxed)
     }
 
-    /// Sums are f32, whatever the elements. a and b have the same, c those or f32.
-    pub(super) fn multiply(&self, gpu: &Gpu, product: &Product) -> Result<()> {
+    /// Sums are f32, whatever the elements. a and b have the same, c those or f32. `places`: where on the GPU the addresses of all
+    /// matrices a lie, then those of b and c; for several rows of them.
+    pub(super) fn multiply(&self, gpu: &Gpu, product: &Product, places: Option<&Memory>) -> Result<()> {
         let Product { m, n, k, count, alpha, a, b, beta, c } = product;
         assert!(a.element == b.element && [a.element, Element::F32].contains(&c.element), "matmul: elements");
         let operation = |x: &Matrix| if x.transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
-        let (m, n, k, count) = (int(*m)?, int(*n)?, int(*k)?, int(*count)?);
+        let (m, n, k, count) = (int(*m)?, int(*n)?, int(*k)?, int(count[0] * count[1])?);
         let leading = [int(a.leading)?, int(b.leading)?, int(c.leading)?];
         gpu.enter()?;
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,8 +120,15 @@ impl Blas {
                 sys::cublasGemmEx(
                     handle.0, ta, tb, m, n, k, alpha, ap, at, lda, bp, bt, ldb, beta, cp, ct, ldc, single, default,
                 )
+            } else if let Some(places) = places {
+                let [ap, bp, cp] = [0, 1, 2].map(|i| (places.address() + 8 * i * count as u64) as *mut *mut c_void);
+                let (ap, bp) = (ap.cast_const().cast(), bp.cast_const().cast());
+                sys::cublasGemmBatchedEx(
+                    handle.0, ta, tb, m, n, k, alpha, ap, at, lda, bp, bt, ldb, beta, cp, ct, ldc, count, single,
+                    default,
+                )
             } else {
-                let [sa, sb, sc] = [a, b, c].map(|x| x.stride as c_longlong);
+                let [sa, sb, sc] = [a, b, c].map(|x| x.strides[1] as c_longlong);
                 sys::cublasGemmStridedBatchedEx(
                     handle.0, ta, tb, m, n, k, alpha, ap, at, lda, sa, bp, bt, ldb, sb, beta, cp, ct, ldc, sc, count,
                     single, default,
@@ -141,12 +149,28 @@ fn kind(element: Element) -> cudaDataType {
 impl Matrix {
     /// From element `offset` on of what lies at `address`, with `leading` elements from one column to the next.
     pub fn new(address: u64, element: Element, offset: usize, leading: usize) -> Matrix {
-        Matrix { address: address + (width(element) * offset) as u64, element, leading, stride: 0, transposed: false }
+        Matrix {
+            address: address + (width(element) * offset) as u64,
+            element,
+            leading,
+            strides: [0, 0],
+            transposed: false,
+        }
     }
 
     /// The first of several, with so many elements from one to the next.
     pub fn every(self, stride: usize) -> Matrix {
-        Matrix { stride, ..self }
+        Matrix { strides: [self.strides[0], stride], ..self }
+    }
+
+    /// The first row of several, with so many elements from one to the next.
+    pub fn again(self, stride: usize) -> Matrix {
+        Matrix { strides: [stride, self.strides[1]], ..self }
+    }
+
+    /// Bytes from one row to the next, and from one matrix of a row to the next.
+    pub fn steps(&self) -> [u64; 2] {
+        self.strides.map(|elements| (width(self.element) * elements) as u64)
     }
 
     /// The transpose.

@@ -53,8 +53,8 @@ const SOURCES: [Source; 14] = [
         "attention_backward_kv_32", "attention_backward_kv_16", "attention_backward_kv_8"),
     source!("cross_entropy.cu": ; "cross_entropy"),
     source!("dropout.cu": ; "dropout_forward", "dropout_backward"),
-    source!("elementwise.cu": "scale", "axpy", "to_bf16", "to_f32", "sum_parts", "add_parts", "tanh_factors",
-        "tanh_backward"; "dot_parts"),
+    source!("elementwise.cu": "scale", "axpy", "to_bf16", "to_f32", "sum_parts", "add_parts", "places",
+        "tanh_factors", "tanh_backward"; "dot_parts"),
     source!("embedding.cu": ; "embedding_forward", "embedding_backward"),
     source!("prune.cu": "prune_random", "select_count", "select_digit", "select_above", "prune_below";),
     source!("quantise.cu": "quantise_scales", "quantise_nf4", "quantise_int8", "quantise_nested", "dequantise_nested";

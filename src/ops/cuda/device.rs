@@ -255,18 +255,19 @@ impl Device for Cuda {
             let m = Matrix::new(x.data.address(0), x.data.element, x.offset, x.cols);
             if x.transposed { m.t() } else { m }
         };
-        let factors = self.allocate(2);
+        let factors;
         let alpha = match alpha.into() {
             Factor::Number(x) => Alpha::Number(x),
             Factor::Tanh(p) => {
+                factors = self.allocate(2);
                 self.launch("tanh_factors", [1; 3], 0, &[p.into(), beta.into(), (&factors).into()]);
                 Alpha::OnGpu(&factors)
             }
         };
         let target = Matrix::new(c.data.address(0), c.data.element, c.offset, c.cols);
         let (a, b) = (matrix(&b), matrix(&a));
-        let product = Product { m: cols, n: rows, k: inner, count: 1, alpha, a, b, beta, c: target };
-        self.attempt(|gpu| self.0.blas.multiply(gpu, &product));
+        let product = Product { m: cols, n: rows, k: inner, count: [1, 1], alpha, a, b, beta, c: target };
+        self.multiply(&product);
     }
 
     fn embedding_forward(&self, tokens: &CudaTokens, table: &CudaBuffer, y: &mut CudaBuffer) {

@@ -100,6 +100,7 @@ const NEEDED: [Needed; 3] = [
         symbols: &[
             "cublasCreate_v2",
             "cublasDestroy_v2",
+            "cublasGemmBatchedEx",
             "cublasGemmEx",
             "cublasGemmStridedBatchedEx",
             "cublasSetMathMode",

@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result},
     ops::Element,
 };
-use blas::Blas;
+use blas::{Blas, Product};
 use buffer::CudaBuffer;
 use compile::Kernels;
 use cudarc::driver::sys;
@@ -143,6 +143,24 @@ impl Cuda {
         }
         let kernel = if target == Element::Bf16 { "to_bf16" } else { "to_f32" };
         self.launch_each(kernel, n, &[from.into(), to.into(), n.into()]);
+    }
+
+    /// A product, or one for each of several matrices. One step from each matrix to the next is a number that cuBLAS takes; for
+    /// two, it wants to read where every matrix is.
+    fn multiply(&self, product: &Product) {
+        let [rows, columns] = product.count;
+        if rows == 1 {
+            self.attempt(|gpu| self.0.blas.multiply(gpu, product, None));
+            return;
+        }
+        let places = self.allocate(6 * rows * columns);
+        let mut args = vec![(&places).into(), (rows as u32).into(), (columns as u32).into()];
+        for matrix in [&product.a, &product.b, &product.c] {
+            let [row, column] = matrix.steps();
+            args.extend([matrix.address, row, column].map(Arg::from));
+        }
+        self.launch("places", [blocks(rows * columns), 1, 1], 0, &args);
+        self.attempt(|gpu| self.0.blas.multiply(gpu, product, Some(&places)));
     }
 
     /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.

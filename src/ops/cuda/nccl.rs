@@ -161,8 +161,8 @@ impl Communicator {
         let done = cuda.attempt(|_| {
             self.on_own_stream(|comm| {
                 let f = &self.functions;
-                // SAFETY: the buffer has so many f32 elements, and the kernels' stream waits below.
                 let stream = self.stream.handle();
+                // SAFETY: the buffer has so many f32 elements, and the kernels' stream waits below.
                 let result = unsafe { (f.broadcast)(place, place, len, FLOAT32, root as c_int, comm, stream) };
                 f.check(&self.gpu, "ncclBroadcast", result)
             })
