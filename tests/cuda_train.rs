@@ -88,6 +88,12 @@ fn config(workshop: &Path, set: &[&str]) -> Config {
     Config::read(&workshop.join("run.toml"), &set).unwrap()
 }
 
+fn trainer(device: Cuda, config: Config) -> Trainer<Cuda> {
+    let shard = TokenShard::open(&config.data.train).unwrap();
+    let model = Model::init(device, architecture(&config).unwrap(), 3).unwrap();
+    Trainer::new(config, model, shard).unwrap()
+}
+
 fn alone<D: Device>() -> Arc<dyn Collective<D>> {
     Arc::new(Alone)
 }
@@ -118,10 +124,7 @@ fn the_host_waits_once_per_update() {
         &["relora.train_scaling=true", "train.activation_checkpointing=true", "train.dtype=bf16"],
     ] {
         let device: Cuda = open();
-        let config = config(workshop.path(), set);
-        let shard = TokenShard::open(&config.data.train).unwrap();
-        let model = Model::init(device, architecture(&config).unwrap(), 3).unwrap();
-        let mut trainer = Trainer::new(config, model, shard).unwrap();
+        let mut trainer = trainer(device, config(workshop.path(), set));
         while !trainer.is_finished() {
             if trainer.cycles_start_here() {
                 trainer.freeze_projections();
@@ -271,9 +274,7 @@ fn asked(workshop: &Path, layers: usize, passes: usize, windows: usize, set: &[&
     fs::write(workshop.join("model.json"), model).unwrap();
     let sizes = [format!("train.gradient_accumulation={passes}"), format!("train.batch_size={windows}")];
     let config = config(workshop, &[&["relora.lora_dropout=0.1", &sizes[0], &sizes[1]][..], set].concat());
-    let shard = TokenShard::open(&config.data.train).unwrap();
-    let model = Model::init(open(), architecture(&config).unwrap(), 3).unwrap();
-    let mut trainer = Trainer::new(config, model, shard).unwrap();
+    let mut trainer = trainer(open(), config);
     while trainer.step < 6 {
         if trainer.cycles_start_here() {
             trainer.freeze_projections();

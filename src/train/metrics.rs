@@ -28,7 +28,8 @@ pub struct UpdateRow {
     pub tokens: u64,
     /// Tokens per second of this update.
     pub tokens_per_s: f64,
-    /// On a GPU: the share of the update's time in which the host waited for it. Where this is near 0, the GPU waits for the host.
+    /// On a GPU: the share of the update's time in which the host waited for it at the update's end. Where this is near 0, the GPU
+    /// waits for the host, or both for MPI.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_wait: Option<f64>,
     /// Cycle this update belongs to, from 1; 0 in the warm start.

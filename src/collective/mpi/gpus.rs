@@ -1,6 +1,6 @@
 //! Collectives by an MPI that is CUDA-aware: it takes addresses on the GPU. Values go from GPU to GPU, and are added up there.
 
-use super::{BROADCAST, Mpi, PIECE, complete, wait_for};
+use super::{BROADCAST, Mpi, complete, wait_for};
 use crate::{
     collective::{Collective, InJob, Job, Pending, gpu::OnGpu},
     error::{Error, Result},
@@ -17,7 +17,11 @@ use std::{
 };
 
 /// Says whether MPI takes addresses on GPUs (1) or not (0), where MPI cannot be asked itself.
-pub const AWARE_VARIABLE: &str = "RELORA_KIT_CUDA_AWARE_MPI";
+const AWARE_VARIABLE: &str = "RELORA_KIT_CUDA_AWARE_MPI";
+
+/// f32 elements of a sum that travel at a time, of all processes together: 8 MiB, so that the room for them does not grow with
+/// the number of processes.
+const PIECE: usize = 2 << 20;
 
 /// [`Collective`] by MPI, between GPUs.
 #[derive(Clone)]
@@ -34,8 +38,8 @@ impl MpiOnGpus {
         if all.iter().any(|aware| aware != &[1]) {
             return Ok(None);
         }
-        // As many elements for every process, whatever a sum's length is.
-        let exchange = Exchange::new(cuda, PIECE * job.ranks().world_size)?;
+        // A part for every process, all of one length.
+        let exchange = Exchange::new(cuda, PIECE.next_multiple_of(job.ranks().world_size))?;
         Ok(Some(MpiOnGpus { job, mpi, exchange: Arc::new(exchange) }))
     }
 }
@@ -101,9 +105,9 @@ unsafe impl BufferMut for Place {}
 
 /// [`super::sum`], on the GPU.
 fn sum(world: &SimpleCommunicator, values: Span, exchange: &Exchange, waiting: &AtomicUsize) -> Result<()> {
-    let processes = world.size() as usize;
-    for first in (0..values.len).step_by(PIECE * processes) {
-        let piece = values.part(first, (values.len - first).min(PIECE * processes));
+    let (processes, room) = (world.size() as usize, exchange.out().len);
+    for first in (0..values.len).step_by(room) {
+        let piece = values.part(first, (values.len - first).min(room));
         let part = piece.len.div_ceil(processes);
         // What is beyond the piece's end in the last part is carried along, and never copied back.
         let [out, back] = [exchange.out(), exchange.back()].map(|all| all.part(0, part * processes));

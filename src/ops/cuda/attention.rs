@@ -52,8 +52,7 @@ impl Cuda {
         let per_window = len * kv_heads * head_dim;
         let scores = if self.has_scores(shape, element) {
             let bytes = 8 + 2 * width(element);
-            let windows = Heads::windows_at_a_time(shape, bytes);
-            let most = (SCORES / (bytes * len * len)).clamp(1, kv_heads);
+            let [windows, most] = Heads::at_a_time(shape, bytes);
             // Gradients of keys and values, scores, and where the matrices of a product are.
             windows * (8 * per_window + most * (bytes * len * len + 24))
         } else {
@@ -138,15 +137,15 @@ struct Heads<'a> {
 }
 
 impl Heads<'_> {
-    /// Windows whose heads are taken together, so that `bytes` per score do not exceed [`SCORES`]; 1 at least.
-    fn windows_at_a_time(shape: &AttentionShape, bytes: usize) -> usize {
-        (SCORES / (bytes * shape.len * shape.len) / shape.kv_heads).clamp(1, shape.batch)
+    /// Windows, and heads of each, that are taken together, so that `bytes` per score do not exceed [`SCORES`]; 1 at least.
+    fn at_a_time(shape: &AttentionShape, bytes: usize) -> [usize; 2] {
+        let heads = SCORES / (bytes * shape.len * shape.len);
+        [(heads / shape.kv_heads).clamp(1, shape.batch), heads.clamp(1, shape.kv_heads)]
     }
 
     /// All of them in turn, where one window has too many some at a time. `then` comes after the last ones of some windows.
     fn each(shape: &AttentionShape, bytes: usize, mut work: impl FnMut(&Heads), mut then: impl FnMut(Range<usize>)) {
-        let most = (SCORES / (bytes * shape.len * shape.len)).clamp(1, shape.kv_heads);
-        let step = Self::windows_at_a_time(shape, bytes);
+        let [step, most] = Self::at_a_time(shape, bytes);
         for first_window in (0..shape.batch).step_by(step) {
             let windows = || first_window..(first_window + step).min(shape.batch);
             for group in 0..shape.heads / shape.kv_heads {
@@ -242,7 +241,8 @@ impl Cuda {
         let (len, d, element, per_window) = (shape.len, shape.head_dim, q.element, k.len / shape.batch);
         let bytes = 8 + 2 * width(element);
         // Of windows that are taken together, until no head needs their keys and values any more.
-        let [dk, dv] = [(); 2].map(|()| self.allocate(Heads::windows_at_a_time(&shape, bytes) * per_window));
+        let [windows, _] = Heads::at_a_time(&shape, bytes);
+        let [dk, dv] = [(); 2].map(|()| self.allocate(windows * per_window));
         let work = |heads: &Heads| {
             let n = heads.count() * len * len;
             let [scores, d_p] = [(); 2].map(|()| self.allocate(n));
@@ -285,13 +285,13 @@ mod tests {
             let (mut seen, mut ended, mut count) = (vec![0; 60], 0, 0);
             let work = |heads: &Heads| {
                 count += 1;
-                assert!(heads.count() <= room.max(1) && heads.kv.len() * heads.windows.len() == heads.count());
+                assert!(heads.count() <= room.max(1));
                 assert!(heads.windows.len() == 1 || heads.kv == (0..4), "what `rows` counts on");
                 let places = heads.windows.clone().flat_map(|w| heads.kv.clone().map(move |kv| 12 * w + 3 * kv));
                 places.for_each(|place| seen[place + heads.group] += 1);
             };
             Heads::each(&shape, bytes, work, |windows| {
-                assert!(windows.start == ended && windows.len() <= Heads::windows_at_a_time(&shape, bytes));
+                assert!(windows.start == ended && windows.len() <= Heads::at_a_time(&shape, bytes)[0]);
                 ended = windows.end;
             });
             assert!(seen.iter().all(|times| *times == 1) && ended == 5 && count == pieces, "{room}: {count} {seen:?}");
