@@ -267,6 +267,37 @@ fn quantised_weights_train_as_on_the_cpu() {
     }
 }
 
+/// Ways to train that differ in what they ask the GPU for.
+const WAYS: [(&str, &[&str]); 8] = [
+    ("dropout", &["relora.lora_dropout=0.1"]),
+    ("mixed", &[MIXED, "relora.lora_dropout=0.1"]),
+    ("tf32", &["train.tf32=true", "train.gradient_accumulation=1"]),
+    ("scaling", &["relora.train_scaling=true"]),
+    ("checkpointing", &["train.activation_checkpointing=true", "train.dtype=bf16", "train.gradient_accumulation=3"]),
+    ("few bits", FEW_BITS[0]),
+    ("mixed, few bits", FEW_BITS[1]),
+    ("full rank", &["warm_start.num_training_steps=14", "relora.relora=2", MIXED]),
+];
+
+#[test]
+fn graphs_change_no_bit() {
+    let _one = ONE_AT_A_TIME.lock();
+    let workshop = workshop();
+    let weights = |run: &Path| fs::read(run.join("checkpoints/step-16/model.safetensors")).unwrap();
+    for (name, set) in WAYS {
+        let with = |graphs: &str| {
+            let before = counter("cuda_double_graphs");
+            let own = format!("train.cuda_graphs={graphs}");
+            let run = train(open(), workshop.path(), &format!("{name} {graphs}"), &[set, &[&own]].concat()).run;
+            (run, counter("cuda_double_graphs") - before)
+        };
+        let ((plain, none), (graphs, started)) = (with("false"), with("true"));
+        assert_eq!(losses(&graphs), losses(&plain), "{name}");
+        assert!(weights(&graphs) == weights(&plain), "{name}");
+        assert!(none == 0 && started > 16, "{name}: {started} graphs started");
+    }
+}
+
 /// What one update of a cycle asks the GPU for: requests (kernels, products, copies, fills), and memory taken and given back.
 fn asked(workshop: &Path, layers: usize, passes: usize, windows: usize, set: &[&str]) -> [i64; 2] {
     let model = MODEL.replace("\"num_hidden_layers\": 2", &format!("\"num_hidden_layers\": {layers}"));
@@ -275,7 +306,8 @@ fn asked(workshop: &Path, layers: usize, passes: usize, windows: usize, set: &[&
     let sizes = [format!("train.gradient_accumulation={passes}"), format!("train.batch_size={windows}")];
     let config = config(workshop, &[&["relora.lora_dropout=0.1", &sizes[0], &sizes[1]][..], set].concat());
     let mut trainer = trainer(open(), config);
-    while trainer.step < 6 {
+    // Graphs come from the third update of a cycle on.
+    while trainer.step < 9 {
         if trainer.cycles_start_here() {
             trainer.freeze_projections();
             trainer.start_cycles().unwrap();
@@ -295,7 +327,7 @@ fn an_update_asks_the_gpu_for_little() {
     let workshop = workshop();
     // Per layer and pass, per pass, per layer, and once: requests, and memory taken and given back.
     for (set, expected) in [
-        (&[][..], [[98, 18, 64, 15], [10, 14, 32, 8]]),
+        (&[][..], [[100, 18, 64, 15], [10, 14, 32, 8]]),
         (&["train.tf32=true"], [[113, 18, 64, 15], [36, 14, 32, 8]]),
         (&[MIXED], [[113, 18, 78, 16], [36, 14, 32, 8]]),
         (&[MIXED, "relora.quantize=4bit"], [[141, 18, 78, 16], [64, 14, 32, 8]]),
@@ -309,5 +341,10 @@ fn an_update_asks_the_gpu_for_little() {
         });
         assert_eq!(found, expected, "{set:?}");
         assert_eq!(asked(2, 2, 3), a, "{set:?}: windows are taken together");
+    }
+    for set in [&[][..], &["train.tf32=true"], &[MIXED], &[MIXED, "relora.quantize=4bit"]] {
+        let set = [&["train.cuda_graphs=true"], set].concat();
+        let asked = |layers, passes| asked(workshop.path(), layers, passes, 2, &set);
+        eprintln!("{set:?} {:?}", [(2, 2), (3, 2), (2, 3), (3, 3)].map(|(layers, passes)| asked(layers, passes)));
     }
 }

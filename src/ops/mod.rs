@@ -108,6 +108,16 @@ pub trait Device: Send + Sync {
     fn reserve(&self, bytes: u64) -> bool {
         self.free_memory().is_none_or(|free| bytes <= free)
     }
+    /// Holds back what is asked for from now on, so that much of it can be asked for at once and, where the same comes again and
+    /// again, for little ([`Device::send`], [`Device::release`]). What is done, and in which order, stays the same. Whether this
+    /// device does so.
+    fn hold(&self) -> bool {
+        false
+    }
+    /// Asks for all that is held back, and goes on holding. Reading a value does so, too.
+    fn send(&self) {}
+    /// As [`Device::send`], and holds back no more.
+    fn release(&self) {}
     /// Bytes that training takes besides its buffers: workspaces of operations, or the program itself, if it shares the memory.
     fn overhead(&self, shape: &AttentionShape, element: Element) -> u64;
     /// The most bytes that were in use at a time, where that is not the program's own memory.

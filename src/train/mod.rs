@@ -11,6 +11,7 @@ mod inputs;
 pub use inputs::architecture;
 pub mod metrics;
 pub mod optim;
+mod pace;
 pub mod phase;
 pub mod plan;
 pub mod prune;

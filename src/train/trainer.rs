@@ -7,6 +7,7 @@ use super::{
     buckets::{BUCKET, Buckets},
     config::{Config, MixedPrecision, OptimizerChoice, WeightDtype, WeightRounding},
     optim::Optimizer,
+    pace::Pace,
     phase::Phase,
     share::Share,
     tokens::{TokenShard, Windows, mix},
@@ -44,6 +45,7 @@ pub struct Trainer<D: Device> {
     /// Updates skipped because loss or gradient were not finite.
     pub skipped: u64,
     tokens: Vec<u32>,
+    pace: Pace,
 }
 
 /// What one update did.
@@ -125,6 +127,8 @@ impl<D: Device> Trainer<D> {
         let sharded = config.train.optimizer == OptimizerChoice::AdamZero;
         let phases = config.phases();
         let step = config.model.warmed_up_steps.unwrap_or(0);
+        // What other processes wait for must not be held back.
+        let pace = Pace::new(if collective.world_size() == 1 { config.train.cuda_graphs } else { Some(false) });
         let mut trainer = Trainer {
             config,
             phases,
@@ -139,6 +143,7 @@ impl<D: Device> Trainer<D> {
             cycle_start: 0,
             skipped: 0,
             tokens: Vec::new(),
+            pace,
         };
         trainer.model.device().allow_tf32(trainer.config.train.tf32);
         trainer.round(|_| true, |_| Rounding::Nearest);
@@ -282,6 +287,19 @@ impl<D: Device> Trainer<D> {
 
     /// One update: forward and backward over the batch, clipping, AdamW.
     pub fn update(&mut self) -> Result<Update> {
+        let began = Instant::now();
+        let holds = self.pace.host_is_slow() && self.model.device().hold();
+        let update = self.update_at_once_or_held();
+        if holds {
+            self.model.device().release();
+        }
+        if let Ok(Update { host_wait, .. }) = &update {
+            self.pace.count(*host_wait, began.elapsed());
+        }
+        update
+    }
+
+    fn update_at_once_or_held(&mut self) -> Result<Update> {
         let t = self.config.train.clone();
         let lr = self.phase().lr_after(self.step);
         if t.skip_batches.contains(&(self.step + 1)) {
@@ -352,6 +370,7 @@ impl<D: Device> Trainer<D> {
                 }
             };
             self.model.forward_backward_then(&self.tokens, share.batch, len, scale, &mut tally, &mut ready)?;
+            self.model.device().send();
         }
         if !alone {
             let device = self.model.device();

@@ -47,6 +47,13 @@ static void cuda_double_invoke(void (*kernel)(A...), void** args) {
     cuda_double_call(kernel, args, std::index_sequence_for<A...>());
 }
 
+// Bytes of each argument, then 0.
+template <class... A>
+static const unsigned* cuda_double_sizes(void (*)(A...)) {
+    static const unsigned sizes[] = {sizeof(std::decay_t<A>)..., 0};
+    return sizes;
+}
+
 #define __global__
 #define __device__ static
 #define __forceinline__ inline __attribute__((always_inline))

@@ -13,6 +13,7 @@
 //   CUDA_DOUBLE_MEMORY     bytes of memory (2^31)
 //   CUDA_DOUBLE_LOSE_AFTER the GPU is lost after this many kernels (never)
 //   CUDA_DOUBLE_LOSE_AFTER_CALLS the GPU is lost after this many calls of cuBLAS and cuSOLVER that compute (never)
+//   CUDA_DOUBLE_NO_GRAPHS  whether streams refuse to take notes (0)
 //   CUDA_DOUBLE_SEED       of the order of blocks and threads (1)
 
 #include "device.h"
@@ -43,6 +44,7 @@ enum : CUresult {
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
+    CAPTURE_UNSUPPORTED = 900,
     NOT_FOUND = 500,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_FAILED = 719,
@@ -85,8 +87,8 @@ static size_t used, used_most;
 // reserved what it needs.
 static unsigned long long reserved, growths;
 // How often the host has waited for the GPU, what it has asked it for (kernels, products, copies, fills), and how often for
-// memory or to take it back.
-static unsigned long long waits, requests, memory_requests;
+// memory or to take it back; of what it was asked for, graphs.
+static unsigned long long waits, requests, memory_requests, graphs;
 
 static void poison(void* start, size_t bytes) {
     for (size_t i = 0; i + 4 <= bytes; i += 4) memcpy((char*)start + i, &POISON, 4);
@@ -300,6 +302,8 @@ struct Function {
     // The most of a block: what its launch bounds say.
     unsigned threads;
     char *shared_start, *shared_stop;
+    // Bytes of each argument, then 0.
+    const unsigned* sizes;
 };
 
 struct Launch {
@@ -419,7 +423,29 @@ struct Deferred {
 struct Context {
     int device;
 };
+// What a stream was asked for while it took notes. Everything is copied, as a driver does it.
+struct Node {
+    // Its place among the others.
+    size_t number = 0;
+    std::string what = "";
+    void (*work)(void*) = nullptr;
+    std::vector<char> argument = {};
+    // Of a kernel.
+    Function* function = nullptr;
+    Dim3 grid = {}, block = {};
+    unsigned dynamic_shared = 0;
+    std::vector<std::vector<char>> arguments = {};
+};
+struct Graph {
+    std::vector<Node*> nodes;
+};
+// A graph as it was when it was made ready, with other arguments since.
+struct Ready {
+    Graph* graph;
+    std::vector<Node> nodes;
+};
 struct Stream {
+    Graph* notes = nullptr;
     // What was asked of it, counted; of every other stream, how much it waits for.
     unsigned long long asked = 0;
     std::map<Stream*, unsigned long long> waits_for;
@@ -448,6 +474,39 @@ static std::map<Stream*, bool> streams;
     if (!bound) return INVALID_CONTEXT
 #define STREAM_OR_RETURN(stream) \
     if (!streams.count((Stream*)stream)) return INVALID_HANDLE
+// A stream that takes notes can be asked for work, and for nothing else.
+#define NO_NOTES_OR_RETURN(stream) \
+    if (((Stream*)stream)->notes) return CAPTURE_UNSUPPORTED
+
+// Does the work, or notes it with a copy of its argument.
+extern "C" CUresult cuda_double_ask(Stream* stream, const char* what, void (*work)(void*), void* argument, size_t size) {
+    LOCK;
+    if (sticky != OK) return sticky;
+    if (!streams.count(stream)) return INVALID_HANDLE;
+    if (!stream->notes) return cuda_double_protect(what, work, argument);
+    Node* node = new Node{stream->notes->nodes.size(), what, work, {(char*)argument, (char*)argument + size}};
+    stream->notes->nodes.push_back(node);
+    return OK;
+}
+
+struct Fill {
+    CUdeviceptr address;
+    unsigned value;
+    size_t count;
+};
+static void run_fill(void* argument) {
+    Fill& f = *(Fill*)argument;
+    for (size_t i = 0; i < f.count; i++) ((unsigned*)f.address)[i] = f.value;
+}
+
+struct Copy {
+    CUdeviceptr target, source;
+    size_t bytes;
+};
+static void run_copy(void* argument) {
+    Copy& c = *(Copy*)argument;
+    memmove((void*)c.target, (void*)c.source, c.bytes);
+}
 
 // Does what was put off.
 static void finish(Stream* stream) {
@@ -540,6 +599,7 @@ CUresult cuStreamDestroy_v2(Stream* stream) {
 CUresult cuStreamSynchronize(Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
     finish(stream);
     waits++;
     for (auto& [address, a] : allocations) check_before(address, a);
@@ -553,6 +613,10 @@ unsigned long long cuda_double_waits() {
 
 unsigned long long cuda_double_requests() {
     return requests;
+}
+
+unsigned long long cuda_double_graphs() {
+    return graphs;
 }
 
 unsigned long long cuda_double_memory_requests() {
@@ -597,6 +661,7 @@ CUresult cuMemPoolGetAttribute(int* pool, int attribute, unsigned long long* val
 CUresult cuMemAllocFromPoolAsync(CUdeviceptr* result, size_t bytes, int* pool, Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
     if (bytes == 0 || pool != &the_pool) return INVALID_VALUE;
     memory_requests++;
     if (used + bytes > setting("CUDA_DOUBLE_MEMORY", 1ull << 31)) return OUT_OF_MEMORY;
@@ -625,6 +690,7 @@ CUresult cuMemAllocFromPoolAsync(CUdeviceptr* result, size_t bytes, int* pool, S
 CUresult cuMemFreeAsync(CUdeviceptr address, Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
     memory_requests++;
     auto found = allocations.find(address);
     if (found == allocations.end()) return INVALID_VALUE;
@@ -661,15 +727,15 @@ CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, Str
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
     if (!inside(address, 4 * count)) return INVALID_VALUE;
-    for (size_t i = 0; i < count; i++) ((unsigned*)address)[i] = value;
-    requests++;
+    Fill fill = {address, value, count};
     stream->asked++;
-    return OK;
+    return cuda_double_ask(stream, "kernel that fills", run_fill, &fill, sizeof fill);
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t bytes, Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
     if (!inside(target, bytes)) return INVALID_VALUE;
     // A driver may have to wait before it can take a copy of memory that is not page-locked.
     auto after = locked.upper_bound((char*)source);
@@ -684,6 +750,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t byt
 CUresult cuMemcpyDtoHAsync_v2(void* target, CUdeviceptr source, size_t bytes, Stream* stream) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
     if (!inside(source, bytes)) return INVALID_VALUE;
     memcpy(target, (void*)source, bytes);
     requests++;
@@ -694,10 +761,9 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t byt
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
     if (!inside(source, bytes) || !inside(target, bytes)) return INVALID_VALUE;
-    memmove((void*)target, (void*)source, bytes);
-    requests++;
+    Copy copy = {target, source, bytes};
     stream->asked++;
-    return OK;
+    return cuda_double_ask(stream, "kernel that copies", run_copy, &copy, sizeof copy);
 }
 
 // An image is what nvrtc.cpp makes: a mark, its size, a shared library.
@@ -728,10 +794,42 @@ CUresult cuModuleGetFunction(Function** result, Module* module, const char* name
     READY_OR_RETURN;
     void* symbol = dlsym(module->library, (std::string("cuda_double_kernel_") + name).c_str());
     auto threads = (unsigned*)dlsym(module->library, (std::string("cuda_double_threads_") + name).c_str());
-    if (!symbol || !threads) return NOT_FOUND;
-    module->functions[name] = {name, (void (*)(void**))symbol, *threads, module->shared_start, module->shared_stop};
+    auto sizes = (const unsigned* (*)())dlsym(module->library, (std::string("cuda_double_sizes_of_") + name).c_str());
+    if (!symbol || !threads || !sizes) return NOT_FOUND;
+    module->functions[name] = {name, (void (*)(void**))symbol, *threads, module->shared_start, module->shared_stop, sizes()};
     *result = &module->functions[name];
     return OK;
+}
+
+// Whether a GPU would take it.
+static CUresult check_launch(Function* function, Dim3 grid, Dim3 b, unsigned dynamic_shared) {
+    size_t block = (size_t)b.x * b.y * b.z, shared = dynamic_shared + (function->shared_stop - function->shared_start);
+    bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && block > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 &&
+                grid.z <= 65535 && block <= 1024 && b.z <= 64 && shared <= 48 << 10;
+    if (block > function->threads) {
+        refusal = "kernel " + function->name + " is declared for blocks of up to " + std::to_string(function->threads) +
+                  " threads, not of " + std::to_string(block);
+        return INVALID_VALUE;
+    }
+    return fits ? OK : INVALID_VALUE;
+}
+
+static void run_launch(const Launch& launch) {
+    static unsigned long long launches, most = setting("CUDA_DOUBLE_LOSE_AFTER", ~0ull);
+    if (launches++ >= most) {
+        fail(LAUNCH_FAILED, "unspecified launch failure");
+        return;
+    }
+    cuda_double_protect(("kernel " + launch.function->name).c_str(), run_grid, (void*)&launch);
+    if (sticky != OK) reset_fibers();
+}
+
+static std::vector<std::vector<char>> copied(const Function* function, void** args) {
+    std::vector<std::vector<char>> copies;
+    for (size_t i = 0; function->sizes[i]; i++) {
+        copies.emplace_back((char*)args[i], (char*)args[i] + function->sizes[i]);
+    }
+    return copies;
 }
 
 CUresult cuLaunchKernel(
@@ -740,25 +838,123 @@ CUresult cuLaunchKernel(
 ) {
     READY_OR_RETURN;
     STREAM_OR_RETURN(stream);
-    size_t block = (size_t)bx * by * bz;
-    size_t shared = dynamic_shared + (function->shared_stop - function->shared_start);
-    bool fits = gx > 0 && gy > 0 && gz > 0 && block > 0 && gx <= 0x7fffffffu && gy <= 65535 && gz <= 65535 &&
-                block <= 1024 && bz <= 64 && shared <= 48 << 10;
-    if (block > function->threads) {
-        refusal = "kernel " + function->name + " is declared for blocks of up to " + std::to_string(function->threads) +
-                  " threads, not of " + std::to_string(block);
-        return INVALID_VALUE;
-    }
-    if (!fits || !args || extra) return INVALID_VALUE;
-    static unsigned long long launches, most = setting("CUDA_DOUBLE_LOSE_AFTER", ~0ull);
-    if (launches++ >= most) {
-        fail(LAUNCH_FAILED, "unspecified launch failure");
+    Launch launch = {function, {gx, gy, gz}, {bx, by, bz}, dynamic_shared, args};
+    CUresult refused = check_launch(function, launch.grid, launch.block, dynamic_shared);
+    if (refused != OK) return refused;
+    if (!args || extra) return INVALID_VALUE;
+    stream->asked++;
+    if (!stream->notes) {
+        run_launch(launch);
         return OK;
     }
-    Launch launch = {function, {gx, gy, gz}, {bx, by, bz}, dynamic_shared, args};
-    cuda_double_protect(("kernel " + function->name).c_str(), run_grid, &launch);
-    if (sticky != OK) reset_fibers();
+    Node* node = new Node{stream->notes->nodes.size()};
+    node->function = function;
+    node->grid = launch.grid;
+    node->block = launch.block;
+    node->dynamic_shared = dynamic_shared;
+    node->arguments = copied(function, args);
+    stream->notes->nodes.push_back(node);
+    return OK;
+}
+
+// ---- Graphs: a stream takes notes, which are done as a whole afterwards.
+
+CUresult cuStreamBeginCapture_v2(Stream* stream, int mode) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
+    if (mode != 1) return INVALID_VALUE;
+    stream->notes = new Graph;
+    return OK;
+}
+
+CUresult cuStreamGetCaptureInfo_v3(
+    Stream* stream, int* status, unsigned long long*, Graph**, Node*** last, const void** edges, size_t* count
+) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    *status = stream->notes ? 1 : 0;
+    *count = stream->notes && !stream->notes->nodes.empty();
+    if (*count) *last = &stream->notes->nodes.back();
+    if (edges) *edges = nullptr;
+    return OK;
+}
+
+CUresult cuStreamEndCapture(Stream* stream, Graph** graph) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    *graph = stream->notes;
+    stream->notes = nullptr;
+    if (*graph && setting("CUDA_DOUBLE_NO_GRAPHS", 0)) {
+        *graph = nullptr;
+        return CAPTURE_UNSUPPORTED;
+    }
+    return *graph ? OK : INVALID_VALUE;
+}
+
+CUresult cuGraphInstantiateWithFlags(Ready** ready, Graph* graph, unsigned long long flags) {
+    READY_OR_RETURN;
+    if (!graph || flags) return INVALID_VALUE;
+    *ready = new Ready{graph, {}};
+    for (Node* node : graph->nodes) (*ready)->nodes.push_back(*node);
+    return OK;
+}
+
+// CUDA_KERNEL_NODE_PARAMS, version 2.
+struct KernelNode {
+    Function* function;
+    unsigned grid[3], block[3], dynamic_shared;
+    void **args, **extra;
+    void *kernel, *context;
+};
+
+CUresult cuGraphExecKernelNodeSetParams_v2(Ready* ready, Node* node, const KernelNode* p) {
+    READY_OR_RETURN;
+    requests++;
+    bool known = node->number < ready->graph->nodes.size() && ready->graph->nodes[node->number] == node;
+    if (!known || node->function != p->function || !p->args || p->extra) return INVALID_VALUE;
+    Dim3 grid = {p->grid[0], p->grid[1], p->grid[2]}, block = {p->block[0], p->block[1], p->block[2]};
+    CUresult refused = check_launch(p->function, grid, block, p->dynamic_shared);
+    if (refused != OK) return refused;
+    Node& own = ready->nodes[node->number];
+    own.grid = grid;
+    own.block = block;
+    own.dynamic_shared = p->dynamic_shared;
+    own.arguments = copied(p->function, p->args);
+    return OK;
+}
+
+CUresult cuGraphLaunch(Ready* ready, Stream* stream) {
+    READY_OR_RETURN;
+    STREAM_OR_RETURN(stream);
+    NO_NOTES_OR_RETURN(stream);
+    unsigned long long before = requests;
+    for (Node& node : ready->nodes) {
+        if (!node.function) {
+            cuda_double_protect(node.what.c_str(), node.work, node.argument.data());
+            continue;
+        }
+        std::vector<void*> args;
+        for (auto& argument : node.arguments) args.push_back(argument.data());
+        run_launch({node.function, node.grid, node.block, node.dynamic_shared, args.data()});
+    }
+    // However much it is, it was asked for once.
+    requests = before + 1;
+    graphs++;
     stream->asked++;
+    return OK;
+}
+
+CUresult cuGraphExecDestroy(Ready* ready) {
+    READY_OR_RETURN;
+    delete ready;
+    return OK;
+}
+
+CUresult cuGraphDestroy(Graph* graph) {
+    READY_OR_RETURN;
+    for (Node* node : graph->nodes) delete node;
+    delete graph;
     return OK;
 }
 
@@ -819,6 +1015,7 @@ CUresult cuGetErrorName(CUresult error, const char** text) {
         case NO_DEVICE: *text = "CUDA_ERROR_NO_DEVICE"; break;
         case INVALID_IMAGE: *text = "CUDA_ERROR_INVALID_IMAGE"; break;
         case INVALID_CONTEXT: *text = "CUDA_ERROR_INVALID_CONTEXT"; break;
+        case CAPTURE_UNSUPPORTED: *text = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
         case INVALID_HANDLE: *text = "CUDA_ERROR_INVALID_HANDLE"; break;
         case NOT_FOUND: *text = "CUDA_ERROR_NOT_FOUND"; break;
         case ILLEGAL_ADDRESS: *text = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;

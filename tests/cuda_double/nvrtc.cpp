@@ -89,7 +89,8 @@ static Result compile(Program& program) {
             std::string threads = (*i)[1].matched ? (*i)[1].str() : "1024", name = (*i)[2];
             entries += "extern \"C\" { unsigned cuda_double_threads_" + name + " = " + threads +
                        "; void cuda_double_kernel_" + name + "(void** args) { cuda_double_invoke(" + name +
-                       ", args); } }\n";
+                       ", args); } const unsigned* cuda_double_sizes_of_" + name + "() { return cuda_double_sizes(" +
+                       name + "); } }\n";
         }
         std::ofstream(own + ".ii") << text << "\n" << entries;
         std::string options = "-O2 -fPIC -shared -fno-gnu-unique -ffp-contract=off -w -include '" + header + "' ";

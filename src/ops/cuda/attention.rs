@@ -4,7 +4,7 @@
 
 use super::{
     Arg, Cuda, Extents, WARPS,
-    blas::{Alpha, Matrix, Product},
+    blas::{Factors, Matrix, Product},
     buffer::{CudaBuffer, width},
     memory::Memory,
     typed,
@@ -25,7 +25,7 @@ fn shared_bytes(tile: usize, head_dim: usize, whole: usize, square: usize) -> u3
 fn extents(shape: &AttentionShape) -> Extents {
     let &AttentionShape { len, heads, kv_heads, head_dim, .. } = shape;
     let [len, heads, kv_heads, dim] = [len, heads, kv_heads, head_dim].map(|x| x as u32);
-    Extents { len, heads, kv_heads, dim, scale: shape.scale() }
+    Extents { len, heads, kv_heads, dim, scale_bits: shape.scale().to_bits() }
 }
 
 fn with_extents<const N: usize>(shape: &AttentionShape, args: [Arg; N]) -> Vec<Arg> {
@@ -116,13 +116,15 @@ impl Cuda {
         let grid = |heads: usize| [len.div_ceil(tile), heads, batch].map(|x| x as u32);
         // All blocks of both kernels read keys and values, so their gradients lie elsewhere first. A block of queries is
         // read by the one that replaces it, once the kernel for keys and values is done with it.
-        let [mut dk, mut dv] = [&*k, &*v].map(|x| self.allocate_bytes(width(x.element) * x.len));
+        let [dk, dv] = [&*k, &*v].map(|x| self.allocate_bytes(width(x.element) * x.len));
         let args: Vec<Arg> = inputs().into_iter().chain([(&dk).into(), (&dv).into()]).collect();
         self.launch(kernel_kv, grid(kv_heads), shared_bytes(tile, head_dim, 4, 2), &args);
         let args: Vec<Arg> = inputs().into_iter().chain([(&q.memory).into()]).collect();
         self.launch(kernel_q, grid(heads), shared_bytes(tile, head_dim, 4, 1), &args);
-        std::mem::swap(&mut k.memory, &mut dk);
-        std::mem::swap(&mut v.memory, &mut dv);
+        // Copied, not exchanged: buffers that keep their memory are the same in every pass ([`super::held`]).
+        for (gradient, x) in [(&dk, k), (&dv, v)] {
+            self.convert((gradient.address(), x.element), (x.address(0), x.element), x.len);
+        }
     }
 }
 
@@ -204,7 +206,7 @@ impl Cuda {
     #[allow(clippy::too_many_arguments)]
     fn per_head(&self, heads: &Heads, [m, n, k]: [usize; 3], alpha: f32, a: Matrix, b: Matrix, beta: f32, c: Matrix) {
         let count = [heads.windows.len(), heads.kv.len()];
-        self.multiply(&Product { m, n, k, count, alpha: Alpha::Number(alpha), a, b, beta, c });
+        self.multiply(Product { m, n, k, count, factors: Factors::Numbers { alpha, beta }, a, b, c, places: None });
     }
 
     fn attend_by_products(

@@ -23,6 +23,8 @@ use std::{
 pub struct Blas {
     pub(super) handle: Mutex<Handle>,
     tf32: AtomicBool,
+    /// cuBLAS's own: it asks for no other while a stream takes notes, and chooses the same ways as ever.
+    _workspace: Memory,
 }
 
 pub(super) struct Handle(pub(super) sys::cublasHandle_t);
@@ -31,6 +33,7 @@ pub(super) struct Handle(pub(super) sys::cublasHandle_t);
 unsafe impl Send for Handle {}
 
 /// A matrix by columns, or the first of several.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Matrix {
     /// Of its first element.
     pub address: u64,
@@ -43,23 +46,36 @@ pub(super) struct Matrix {
 }
 
 /// `c = alpha · a · b + beta · c` for `count` rows of `count` matrices each; a is m x k, b k x n, after they have been transposed.
-pub(super) struct Product<'a> {
+#[derive(Clone, PartialEq)]
+pub(super) struct Product {
     pub m: usize,
     pub n: usize,
     pub k: usize,
     pub count: [usize; 2],
-    pub alpha: Alpha<'a>,
+    pub factors: Factors,
     pub a: Matrix,
     pub b: Matrix,
-    pub beta: f32,
     pub c: Matrix,
+    /// Where on the GPU the addresses of all matrices a lie, then those of b and c; for several rows of them.
+    pub places: Option<u64>,
 }
 
-/// A factor: a number, or one that only the GPU knows yet.
-pub(super) enum Alpha<'a> {
-    Number(f32),
-    /// f32: the factor, and beta.
-    OnGpu(&'a Memory),
+/// alpha and beta: numbers, or the address of two f32 that only the GPU knows yet.
+#[derive(Clone, Copy)]
+pub(super) enum Factors {
+    Numbers { alpha: f32, beta: f32 },
+    OnGpu(u64),
+}
+
+/// To the bit: -0 is not 0.
+impl PartialEq for Factors {
+    fn eq(&self, other: &Factors) -> bool {
+        let bits = |factors: &Factors| match *factors {
+            Factors::Numbers { alpha, beta } => (true, u64::from(alpha.to_bits()), beta.to_bits()),
+            Factors::OnGpu(address) => (false, address, 0),
+        };
+        bits(self) == bits(other)
+    }
 }
 
 impl Blas {
@@ -67,12 +83,16 @@ impl Blas {
     pub fn open(gpu: &Arc<Gpu>) -> Result<Blas> {
         gpu.enter()?;
         let mut handle = ptr::null_mut();
-        // SAFETY: the pointer is to a variable of the type that cuBLAS writes; the stream lives as long as the GPU.
+        let workspace = Memory::new(gpu, workspace_bytes(gpu.capability))?;
+        // SAFETY: the pointer is to a variable of the type that cuBLAS writes; stream and workspace live as long as the handle.
         unsafe {
             check(gpu, "cublasCreate", sys::cublasCreate_v2(&mut handle))?;
             check(gpu, "cublasSetStream", sys::cublasSetStream_v2(handle, gpu.stream().cast()))?;
+            // After the stream, which would undo it.
+            let address = workspace.address() as *mut c_void;
+            check(gpu, "cublasSetWorkspace", sys::cublasSetWorkspace_v2(handle, address, workspace.bytes()))?;
         }
-        Ok(Blas { handle: Mutex::new(Handle(handle)), tf32: AtomicBool::new(false) })
+        Ok(Blas { handle: Mutex::new(Handle(handle)), tf32: AtomicBool::new(false), _workspace: workspace })
     }
 
     /// Whether products of f32 may round their factors to TF32: faster, with 10 instead of 23 bits.
@@ -90,23 +110,22 @@ impl Blas {
         self.tf32.load(Ordering::Relaxed)
     }
 
-    /// Sums are f32, whatever the elements. a and b have the same, c those or f32. `places`: where on the GPU the addresses of all
-    /// matrices a lie, then those of b and c; for several rows of them.
-    pub(super) fn multiply(&self, gpu: &Gpu, product: &Product, places: Option<&Memory>) -> Result<()> {
-        let Product { m, n, k, count, alpha, a, b, beta, c } = product;
+    /// Sums are f32, whatever the elements. a and b have the same, c those or f32.
+    pub(super) fn multiply(&self, gpu: &Gpu, product: &Product) -> Result<()> {
+        let Product { m, n, k, count, factors, a, b, c, places } = product;
         assert!(a.element == b.element && [a.element, Element::F32].contains(&c.element), "matmul: elements");
         let operation = |x: &Matrix| if x.transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
         let (m, n, k, count) = (int(*m)?, int(*n)?, int(*k)?, int(count[0] * count[1])?);
         let leading = [int(a.leading)?, int(b.leading)?, int(c.leading)?];
         gpu.enter()?;
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        let (alpha, beta, mode) = match alpha {
-            Alpha::Number(x) => {
-                (ptr::from_ref(x).cast(), ptr::from_ref(beta).cast(), PointerMode::CUBLAS_POINTER_MODE_HOST)
+        let (alpha, beta, mode) = match factors {
+            Factors::Numbers { alpha, beta } => {
+                (ptr::from_ref(alpha).cast(), ptr::from_ref(beta).cast(), PointerMode::CUBLAS_POINTER_MODE_HOST)
             }
-            Alpha::OnGpu(x) => {
-                let alpha = x.address() as *const c_void;
-                (alpha, (x.address() + 4) as *const c_void, PointerMode::CUBLAS_POINTER_MODE_DEVICE)
+            Factors::OnGpu(address) => {
+                let alpha = *address as *const c_void;
+                (alpha, (address + 4) as *const c_void, PointerMode::CUBLAS_POINTER_MODE_DEVICE)
             }
         };
         let (default, single) = (Algorithm::CUBLAS_GEMM_DEFAULT, Compute::CUBLAS_COMPUTE_32F);
@@ -121,7 +140,7 @@ impl Blas {
                     handle.0, ta, tb, m, n, k, alpha, ap, at, lda, bp, bt, ldb, beta, cp, ct, ldc, single, default,
                 )
             } else if let Some(places) = places {
-                let [ap, bp, cp] = [0, 1, 2].map(|i| (places.address() + 8 * i * count as u64) as *mut *mut c_void);
+                let [ap, bp, cp] = [0, 1, 2].map(|i| (places + 8 * i * count as u64) as *mut *mut c_void);
                 let (ap, bp) = (ap.cast_const().cast(), bp.cast_const().cast());
                 sys::cublasGemmBatchedEx(
                     handle.0, ta, tb, m, n, k, alpha, ap, at, lda, bp, bt, ldb, beta, cp, ct, ldc, count, single,
@@ -137,6 +156,11 @@ impl Blas {
             check(gpu, "a product in cuBLAS", status)
         }
     }
+}
+
+/// As many as cuBLAS takes by itself on such a GPU, by its documentation.
+pub(super) fn workspace_bytes(capability: u32) -> usize {
+    if capability >= 90 { 32 << 20 } else { 8 << 20 }
 }
 
 fn kind(element: Element) -> cudaDataType {

@@ -35,14 +35,14 @@ impl CudaBuffer {
 
     /// From element `offset` on.
     pub(super) fn at(&self, offset: usize) -> Arg {
-        Arg::U64(self.address(offset))
+        self.address(offset).into()
     }
 }
 
 impl CudaTally {
     /// From this number on.
     pub(super) fn at(&self, index: u64) -> Arg {
-        Arg::U64(self.0.address() + 8 * index)
+        (self.0.address() + 8 * index).into()
     }
 }
 

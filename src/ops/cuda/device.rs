@@ -2,7 +2,7 @@
 
 use super::{
     Arg, Cuda, THREADS, WARPS, attention,
-    blas::{Alpha, Matrix, Product},
+    blas::{Factors, Matrix, Product},
     blocks,
     buffer::{CudaBuffer, CudaTally, CudaTokens, width},
     memory::Memory,
@@ -45,7 +45,7 @@ impl Cuda {
         let parts = self.allocate(2 * PARTS as usize);
         // Several elements per thread, so that the sum within a block is not most of the work.
         let count = blocks(len.div_ceil(8)).min(PARTS);
-        args.extend([len.into(), (&parts).into()]);
+        args.extend::<[Arg; 2]>([len.into(), (&parts).into()]);
         self.launch(kernel, [count, 1, 1], 0, &args);
         if count > 0 {
             self.launch("add_parts", [1; 3], 0, &[(&parts).into(), count.into(), scale.into(), total]);
@@ -54,11 +54,11 @@ impl Cuda {
 
     /// The sum of the parts that `kernel` makes of `buffers`. The host waits for it.
     fn sum_of(&self, kernel: &'static str, buffers: &[&CudaBuffer]) -> f64 {
-        let mut total = self.allocate(2);
-        self.attempt(|_| total.fill(0));
+        let total = self.allocate(2);
+        self.fill_words(&total, 0);
         self.add_up(kernel, buffers, 1.0, (&total).into());
         let mut sum = [0f64];
-        self.attempt(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
+        self.settled(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
     }
 }
 
@@ -76,20 +76,18 @@ impl Device for Cuda {
 
     fn zeros_of(&self, element: Element, len: usize) -> CudaBuffer {
         let element = self.native(element);
-        let mut memory = self.allocate_bytes(width(element) * len);
-        self.attempt(|_| memory.fill(0));
+        let memory = self.allocate_bytes(width(element) * len);
+        self.fill_words(&memory, 0);
         CudaBuffer { memory, element, len }
     }
 
     fn upload(&self, values: &[f32]) -> CudaBuffer {
-        let mut memory = self.allocate(values.len());
-        self.attempt(|_| memory.write(values));
-        CudaBuffer { memory, element: Element::F32, len: values.len() }
+        CudaBuffer { memory: self.uploaded(values), element: Element::F32, len: values.len() }
     }
 
     fn write(&self, buffer: &mut CudaBuffer, values: &[f32]) {
         assert_eq!(buffer.len, values.len(), "write: lengths");
-        self.attempt(|_| match buffer.element {
+        self.settled(|_| match buffer.element {
             Element::F32 => buffer.memory.write(values),
             Element::Bf16 => {
                 buffer.memory.write(&values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect::<Vec<u16>>())
@@ -98,7 +96,7 @@ impl Device for Cuda {
     }
 
     fn read(&self, buffer: &CudaBuffer) -> Vec<f32> {
-        let values = self.attempt(|_| match buffer.element {
+        let values = self.settled(|_| match buffer.element {
             Element::F32 => {
                 let mut values = vec![0f32; buffer.len];
                 buffer.memory.read(&mut values).map(|()| values)
@@ -133,13 +131,11 @@ impl Device for Cuda {
     }
 
     fn upload_tokens(&self, tokens: &[u32]) -> CudaTokens {
-        let mut memory = self.allocate(tokens.len());
-        self.attempt(|_| memory.write(tokens));
-        CudaTokens { memory, host: tokens.to_vec() }
+        CudaTokens { memory: self.uploaded(tokens), host: tokens.to_vec() }
     }
 
     fn status(&self) -> Result<()> {
-        self.attempt(|gpu| gpu.synchronize());
+        self.settled(|gpu| gpu.synchronize());
         self.first_failure().map_or(Ok(()), Err)
     }
 
@@ -157,19 +153,35 @@ impl Device for Cuda {
         self.attention_workspace(shape, element) + others
     }
 
+    fn hold(&self) -> bool {
+        self.begin_holding()
+    }
+
+    fn send(&self) {
+        self.send_held();
+    }
+
+    fn release(&self) {
+        self.end_holding();
+    }
+
     fn peak_memory(&self) -> Option<u64> {
         self.attempt(|gpu| gpu.peak_memory())
     }
 
     fn allow_tf32(&self, allow: bool) {
-        self.attempt(|gpu| self.0.blas.allow_tf32(gpu, allow));
+        self.settled(|gpu| self.0.blas.allow_tf32(gpu, allow));
+        self.forget();
     }
 
     fn fill(&self, x: &mut CudaBuffer, value: f32) {
-        self.attempt(|_| match x.element {
-            Element::F32 => x.memory.fill(value.to_bits()),
-            Element::Bf16 => x.memory.fill(u32::from(bf16::from_f32(value).to_bits()) * 0x1_0001),
-        });
+        self.fill_words(
+            &x.memory,
+            match x.element {
+                Element::F32 => value.to_bits(),
+                Element::Bf16 => u32::from(bf16::from_f32(value).to_bits()) * 0x1_0001,
+            },
+        );
     }
 
     fn scale(&self, x: &mut CudaBuffer, factor: f32) {
@@ -228,8 +240,8 @@ impl Device for Cuda {
 
     fn tanh_backward(&self, p: &CudaBuffer, x: &CudaBuffer, y: &CudaBuffer, dp: &mut CudaBuffer) {
         assert!(x.len == y.len && x.element == y.element, "tanh: lengths");
-        let mut sum = self.allocate(2);
-        self.attempt(|_| sum.fill(0));
+        let sum = self.allocate(2);
+        self.fill_words(&sum, 0);
         self.add_up(typed!("dot_parts", x.element), &[x, y], 1.0, (&sum).into());
         self.launch("tanh_backward", [1; 3], 0, &[p.into(), (&sum).into(), (&dp).into()]);
     }
@@ -255,19 +267,19 @@ impl Device for Cuda {
             let m = Matrix::new(x.data.address(0), x.data.element, x.offset, x.cols);
             if x.transposed { m.t() } else { m }
         };
-        let factors;
-        let alpha = match alpha.into() {
-            Factor::Number(x) => Alpha::Number(x),
+        let on_gpu;
+        let factors = match alpha.into() {
+            Factor::Number(alpha) => Factors::Numbers { alpha, beta },
             Factor::Tanh(p) => {
-                factors = self.allocate(2);
-                self.launch("tanh_factors", [1; 3], 0, &[p.into(), beta.into(), (&factors).into()]);
-                Alpha::OnGpu(&factors)
+                on_gpu = self.allocate(2);
+                self.launch("tanh_factors", [1; 3], 0, &[p.into(), beta.into(), (&on_gpu).into()]);
+                Factors::OnGpu(on_gpu.address())
             }
         };
         let target = Matrix::new(c.data.address(0), c.data.element, c.offset, c.cols);
         let (a, b) = (matrix(&b), matrix(&a));
-        let product = Product { m: cols, n: rows, k: inner, count: [1, 1], alpha, a, b, beta, c: target };
-        self.multiply(&product);
+        let (m, n, k) = (cols, rows, inner);
+        self.multiply(Product { m, n, k, count: [1, 1], factors, a, b, c: target, places: None });
     }
 
     fn embedding_forward(&self, tokens: &CudaTokens, table: &CudaBuffer, y: &mut CudaBuffer) {
@@ -425,7 +437,7 @@ impl Device for Cuda {
             "cross_entropy: rows"
         );
         let args = [
-            Arg::U64(targets.memory.address() + 4 * first as u64),
+            (targets.memory.address() + 4 * first as u64).into(),
             (&logits).into(),
             losses.at(first),
             (vocab as u32).into(),
@@ -477,8 +489,8 @@ impl Device for Cuda {
     }
 
     fn tally(&self) -> CudaTally {
-        let mut memory = self.allocate(8);
-        self.attempt(|_| memory.fill(0));
+        let memory = self.allocate(8);
+        self.fill_words(&memory, 0);
         CudaTally(memory)
     }
 
@@ -496,7 +508,7 @@ impl Device for Cuda {
 
     fn read_tally(&self, tally: &CudaTally) -> Result<Tally> {
         let mut numbers = [f64::NAN; 4];
-        self.attempt(|_| tally.0.read(&mut numbers));
+        self.settled(|_| tally.0.read(&mut numbers));
         let [loss, squares, factor, signals] = numbers;
         self.first_failure().map_or(Ok(Tally { loss, squares, factor, signals }), Err)
     }
@@ -535,10 +547,9 @@ impl Cuda {
     /// The element whose size is a quantile's lower neighbour, as prune.cu keeps it, and how far on the quantile lies.
     fn select_size(&self, x: &CudaBuffer, ratio: f64) -> (Memory, f64) {
         let (below, fraction) = prune::position(ratio, x.len);
-        let mut select = self.allocate(SELECT);
         let mut start = [0u32; SELECT];
         start[1] = below as u32;
-        self.attempt(|_| select.write(&start));
+        let select = self.uploaded(&start);
         for shift in [24u32, 16, 8, 0] {
             self.launch_each("select_count", x.len, &[x.into(), x.len.into(), shift.into(), (&select).into()]);
             self.launch("select_digit", [1; 3], 0, &[shift.into(), (&select).into()]);

@@ -1,7 +1,10 @@
 //! The calls into the driver: one GPU, its primary context, one stream. Everything runs on the one stream, so that operations
 //! happen in the order in which they were asked for.
 
-use super::memory::{Pool, Staging};
+use super::{
+    memory::{Pool, Staging},
+    shelf::Shelf,
+};
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 use std::{
@@ -24,6 +27,7 @@ pub struct Gpu {
     stream: sys::CUstream,
     pool: Pool,
     pub(super) staging: Mutex<Staging>,
+    pub(super) shelf: Mutex<Shelf>,
 }
 
 // SAFETY: the handles are the driver's, which may be used from any thread; each use first makes the context current.
@@ -103,6 +107,7 @@ impl Gpu {
                 stream,
                 pool,
                 staging: Mutex::default(),
+                shelf: Mutex::default(),
             })
         }
     }
@@ -163,6 +168,7 @@ impl Drop for Gpu {
             // Every buffer holds the GPU, so nothing uses pool, stream and context any more.
             let _ = self.synchronize();
             self.staging().free();
+            let _ = self.clear_shelf();
             self.pool.destroy();
             // SAFETY: as above.
             unsafe { sys::cuStreamDestroy_v2(self.stream) };

@@ -6,6 +6,7 @@ use super::{
     buffer::CudaBuffer,
     libraries,
     memory::Memory,
+    request::Launch,
     stream::{Event, Stream},
 };
 use crate::error::Result;
@@ -65,6 +66,7 @@ impl Exchange {
 
     /// What has to be done before buffers can be read.
     pub fn before(&self) -> Result<Before> {
+        self.cuda.send_held();
         Event::record(&self.cuda.0.gpu, self.cuda.0.gpu.stream()).map(Before)
     }
 
@@ -96,6 +98,9 @@ impl Exchange {
     pub fn add(&self, from: Span, to: Span) {
         assert_eq!(from.len, to.len, "add: lengths");
         let args = [1f32.into(), from.address.into(), to.address.into(), from.len.into()];
-        self.cuda.launch_on(self.stream.handle(), "axpy", [blocks(from.len), 1, 1], 0, &args);
+        if from.len > 0 {
+            let launch = Launch { kernel: "axpy", grid: [blocks(from.len), 1, 1], shared: 0, args: args.to_vec() };
+            self.cuda.attempt(|_| self.cuda.start(self.stream.handle(), &launch));
+        }
     }
 }

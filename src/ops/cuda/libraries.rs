@@ -106,6 +106,7 @@ const NEEDED: [Needed; 3] = [
             "cublasSetMathMode",
             "cublasSetPointerMode_v2",
             "cublasSetStream_v2",
+            "cublasSetWorkspace_v2",
             "cublasSgemm_v2",
         ],
         needs: &["cublasLt"],
@@ -118,6 +119,21 @@ const CUBLAS: &Needed = &NEEDED[2];
 /// What sums over processes call of the driver besides.
 const DRIVER_EVENTS: &Needed = &Needed {
     symbols: &["cuEventCreate", "cuEventDestroy_v2", "cuEventRecord", "cuEventSynchronize", "cuStreamWaitEvent"],
+    ..NEEDED[0]
+};
+
+/// What graphs call of the driver besides: since CUDA 12.3.
+const DRIVER_GRAPHS: &Needed = &Needed {
+    symbols: &[
+        "cuGraphDestroy",
+        "cuGraphExecDestroy",
+        "cuGraphExecKernelNodeSetParams_v2",
+        "cuGraphInstantiateWithFlags",
+        "cuGraphLaunch",
+        "cuStreamBeginCapture_v2",
+        "cuStreamEndCapture",
+        "cuStreamGetCaptureInfo_v3",
+    ],
     ..NEEDED[0]
 };
 
@@ -165,6 +181,11 @@ pub const NCCL: &str = "libnccl.so.2";
 /// Makes sure of what streams beside that of the kernels call of the driver, which is loaded.
 pub fn check_events(device: &str) -> Result<()> {
     load_these(device, &[], &[DRIVER_EVENTS])
+}
+
+/// Makes sure of what graphs call of the driver, which is loaded.
+pub fn check_graphs(device: &str) -> Result<()> {
+    load_these(device, &[], &[DRIVER_GRAPHS])
 }
 
 /// Loads NCCL, and makes sure of the driver's functions that it is used with.

@@ -1,7 +1,10 @@
 //! Memory on the GPU, from one pool that keeps what it has got: taking and giving back happen in the order of the stream, so
 //! that nobody waits, and what one operation gives back the next one may have.
 
-use super::driver::Gpu;
+use super::{
+    driver::Gpu,
+    shelf::{Owner, Piece},
+};
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUmemPool_attribute as Attribute, CUresult};
 use std::{
@@ -91,6 +94,16 @@ impl Gpu {
         Ok(Some(address))
     }
 
+    /// Every one of so many times 4 bytes to `value`.
+    pub fn fill(&self, address: u64, value: u32, words: usize) -> Result<()> {
+        if words == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller has this much memory there.
+        self.check("cuMemsetD32", unsafe { sys::cuMemsetD32Async(address, value, words, self.stream()) })
+    }
+
     /// Copies bytes from one place on the GPU to another; both have room for them.
     pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
@@ -102,7 +115,7 @@ impl Gpu {
         self.check("copying on the GPU", result)
     }
 
-    fn free(&self, address: u64) -> Result<()> {
+    pub(super) fn free(&self, address: u64) -> Result<()> {
         self.enter()?;
         // SAFETY: whoever held it is gone, and all that uses it was asked of the same stream before.
         self.check("cuMemFreeAsync", unsafe { sys::cuMemFreeAsync(address, self.stream()) })
@@ -112,50 +125,59 @@ impl Gpu {
 /// Some bytes of the pool, given back when dropped.
 pub struct Memory {
     gpu: Arc<Gpu>,
-    address: u64,
-    bytes: usize,
+    piece: Piece,
 }
 
 impl Memory {
     /// Memory with anything in it; none at all for 0 bytes.
     pub fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Memory> {
-        if bytes == 0 {
-            return Ok(Memory::none(gpu));
+        match Memory::find(gpu, bytes, false)? {
+            Some(memory) => Ok(memory),
+            None => Err(out_of_memory(gpu, bytes)?),
         }
-        let Some(address) = gpu.allocate(bytes)? else { return Err(out_of_memory(gpu, bytes)?) };
-        Ok(Memory { gpu: gpu.clone(), address, bytes })
+    }
+
+    /// As [`Memory::new`], from the shelf where that is in use; for an upload, or not. `None`: there is not enough.
+    pub fn find(gpu: &Arc<Gpu>, bytes: usize, upload: bool) -> Result<Option<Memory>> {
+        if bytes == 0 {
+            return Ok(Some(Memory::none(gpu)));
+        }
+        let (owner, kept) = {
+            let mut shelf = gpu.shelf();
+            let owner = shelf.owner(upload);
+            (owner, shelf.take(owner, bytes))
+        };
+        let piece = match kept {
+            Some(piece) => Some(piece),
+            None => gpu.allocate(bytes)?.map(|address| Piece { address, bytes, owner }),
+        };
+        Ok(piece.map(|piece| Memory { gpu: gpu.clone(), piece }))
     }
 
     /// Where nothing could be had. No operation may be given it.
     pub fn none(gpu: &Arc<Gpu>) -> Memory {
-        Memory { gpu: gpu.clone(), address: 0, bytes: 0 }
+        Memory { gpu: gpu.clone(), piece: Piece { address: 0, bytes: 0, owner: Owner::Driver } }
     }
 
     /// Its size.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.piece.bytes
     }
 
     /// Of its first byte, as the GPU counts.
     pub fn address(&self) -> u64 {
-        self.address
+        self.piece.address
     }
 
     /// Every 4 bytes to `value`.
     pub fn fill(&mut self, value: u32) -> Result<()> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.enter()?;
-        // SAFETY: the memory has this size.
-        let result = unsafe { sys::cuMemsetD32Async(self.address, value, self.bytes / 4, self.gpu.stream()) };
-        self.gpu.check("cuMemsetD32", result)
+        self.gpu.fill(self.address(), value, self.bytes() / 4)
     }
 
     /// Replaces its beginning. `values` have been read when this returns; what is small travels while the host goes on.
     pub fn write<T: bytemuck::Pod>(&mut self, values: &[T]) -> Result<()> {
         let bytes = size_of_val(values);
-        assert!(bytes <= self.bytes, "cuda: {bytes} bytes written to a buffer of {}", self.bytes);
+        assert!(bytes <= self.bytes(), "cuda: {bytes} bytes written to a buffer of {}", self.bytes());
         if bytes == 0 {
             return Ok(());
         }
@@ -164,21 +186,21 @@ impl Memory {
         let source = stage.as_ref().map_or(values.as_ptr().cast(), |(staged, _)| staged.cast::<c_void>());
         // SAFETY: both sides have this size. Page-locked memory is left alone until the stream has been waited for; of
         // any other, the driver has taken a copy when the call returns.
-        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(self.address, source, bytes, self.gpu.stream()) };
+        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(self.address(), source, bytes, self.gpu.stream()) };
         self.gpu.check("copying to the GPU", result)
     }
 
     /// Its first `values.len()` elements, after all that was asked for before.
     pub fn read<T: bytemuck::Pod>(&self, values: &mut [T]) -> Result<()> {
         let bytes = size_of_val(values);
-        assert!(bytes <= self.bytes, "cuda: {bytes} bytes read from a buffer of {}", self.bytes);
+        assert!(bytes <= self.bytes(), "cuda: {bytes} bytes read from a buffer of {}", self.bytes());
         if bytes == 0 {
             return Ok(());
         }
         self.gpu.enter()?;
         let target = values.as_mut_ptr().cast::<c_void>();
         // SAFETY: both sides have this size, and `values` is there until the stream is done.
-        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(target, self.address, bytes, self.gpu.stream()) };
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(target, self.address(), bytes, self.gpu.stream()) };
         self.gpu.check("copying from the GPU", result)?;
         self.gpu.synchronize()
     }
@@ -186,9 +208,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if self.address != 0 {
+        if self.address() != 0 {
             // Where the GPU has failed, its memory is lost with it.
-            let _ = self.gpu.free(self.address);
+            let _ = self.gpu.give_back(self.piece);
         }
     }
 }

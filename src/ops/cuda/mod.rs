@@ -2,7 +2,7 @@
 //! products in cuBLAS. Nothing of CUDA is needed to build or to start the program: its libraries are loaded when a GPU is
 //! asked for, and the kernels are compiled for the GPU at hand.
 //!
-//! All work is on one stream and in order; the host waits only where a number or a buffer is read. After the first failure
+//! All work is on one stream and in order ([`request`]); the host waits only where a number or a buffer is read. After the first failure
 //! nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
 
 mod attention;
@@ -12,11 +12,15 @@ mod compile;
 mod device;
 mod driver;
 mod exchange;
+mod graph;
+mod held;
 mod libraries;
 mod memory;
 mod nccl;
 mod products;
 mod quantise;
+mod request;
+mod shelf;
 mod solver;
 mod stream;
 
@@ -27,11 +31,11 @@ use crate::{
 use blas::{Blas, Product};
 use buffer::CudaBuffer;
 use compile::Kernels;
-use cudarc::driver::sys;
 use driver::Gpu;
+use held::Held;
 use memory::Memory;
+use request::{Arg, Extents, Launch, Request};
 use std::{
-    ffi::c_void,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
@@ -68,6 +72,7 @@ struct Inner {
     kernels: Kernels,
     blas: Blas,
     failure: Mutex<Option<Error>>,
+    held: Mutex<Held>,
     /// Numbers that quantised weights may be, once they are needed.
     tables: OnceLock<CudaBuffer>,
 }
@@ -99,7 +104,8 @@ impl Cuda {
         let gpu = Arc::new(Gpu::open(options.ordinal)?);
         let kernels = Kernels::load(&gpu, options.cache.as_deref())?;
         let blas = Blas::open(&gpu)?;
-        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure: Mutex::new(None), tables: OnceLock::new() })))
+        let (failure, held, tables) = (Mutex::new(None), Mutex::default(), OnceLock::new());
+        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure, held, tables })))
     }
 
     /// The GPU's name, as NVIDIA sells it.
@@ -132,26 +138,49 @@ impl Cuda {
 
     /// Whole words of memory for so many bytes, as [`Cuda::allocate`].
     fn allocate_bytes(&self, bytes: usize) -> Memory {
-        self.attempt(|gpu| Memory::new(gpu, bytes.next_multiple_of(4))).unwrap_or_else(|| Memory::none(&self.0.gpu))
+        self.memory(bytes.next_multiple_of(4), false)
+    }
+
+    /// Memory with these values, which nothing has used since it was taken.
+    fn uploaded<T: bytemuck::Pod>(&self, values: &[T]) -> Memory {
+        let mut memory = self.memory(size_of_val(values).next_multiple_of(4), true);
+        // Comes before all that is held back, none of which uses it.
+        self.attempt(|_| memory.write(values));
+        memory
+    }
+
+    fn memory(&self, bytes: usize, upload: bool) -> Memory {
+        let found = self.attempt(|gpu| {
+            if let Some(memory) = Memory::find(gpu, bytes, upload)? {
+                return Ok(memory);
+            }
+            self.stop_holding()?;
+            Memory::new(gpu, bytes)
+        });
+        found.unwrap_or_else(|| Memory::none(&self.0.gpu))
     }
 
     /// Copies `n` elements from one address to another, rounding to the nearest where they become bf16.
     fn convert(&self, (from, source): (u64, Element), (to, target): (u64, Element), n: usize) {
         if source == target {
-            self.attempt(|gpu| gpu.copy(from, to, buffer::width(source) * n));
+            self.ask(Request::Copy { from, to, bytes: buffer::width(source) * n });
             return;
         }
         let kernel = if target == Element::Bf16 { "to_bf16" } else { "to_f32" };
         self.launch_each(kernel, n, &[from.into(), to.into(), n.into()]);
     }
 
+    /// Every 4 bytes to `value`.
+    fn fill_words(&self, memory: &Memory, value: u32) {
+        self.ask(Request::Fill { address: memory.address(), value, words: memory.bytes() / 4 });
+    }
+
     /// A product, or one for each of several matrices. One step from each matrix to the next is a number that cuBLAS takes; for
     /// two, it wants to read where every matrix is.
-    fn multiply(&self, product: &Product) {
+    fn multiply(&self, mut product: Product) {
         let [rows, columns] = product.count;
         if rows == 1 {
-            self.attempt(|gpu| self.0.blas.multiply(gpu, product, None));
-            return;
+            return self.ask(Request::Product(product));
         }
         let places = self.allocate(6 * rows * columns);
         let mut args = vec![(&places).into(), (rows as u32).into(), (columns as u32).into()];
@@ -160,42 +189,15 @@ impl Cuda {
             args.extend([matrix.address, row, column].map(Arg::from));
         }
         self.launch("places", [blocks(rows * columns), 1, 1], 0, &args);
-        self.attempt(|gpu| self.0.blas.multiply(gpu, product, Some(&places)));
+        product.places = Some(places.address());
+        self.ask(Request::Product(product));
     }
 
     /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.
     fn launch(&self, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
-        self.launch_on(self.0.gpu.stream(), kernel, grid, shared, args);
-    }
-
-    /// [`Cuda::launch`], on another stream.
-    fn launch_on(&self, stream: sys::CUstream, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
-        if grid.contains(&0) {
-            return;
+        if !grid.contains(&0) {
+            self.ask(Request::Kernel(Launch { kernel, grid, shared, args: args.to_vec() }));
         }
-        self.attempt(|gpu| {
-            gpu.enter()?;
-            let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
-            let [x, y, z] = grid;
-            // SAFETY: the arguments are those of the kernel, in its order and types; tests run every kernel against its
-            // CPU twin on memory whose bounds are watched.
-            let result = unsafe {
-                sys::cuLaunchKernel(
-                    self.0.kernels.get(kernel),
-                    x,
-                    y,
-                    z,
-                    THREADS,
-                    1,
-                    1,
-                    shared,
-                    stream,
-                    pointers.as_mut_ptr(),
-                    std::ptr::null_mut(),
-                )
-            };
-            gpu.check(&format!("kernel {kernel}"), result)
-        });
     }
 
     /// As [`Cuda::launch`], for a kernel that goes through `n` elements by `FOR_EACH`.
@@ -207,74 +209,4 @@ impl Cuda {
 /// Blocks for `n` elements: enough for any GPU, and depending on n alone.
 fn blocks(n: usize) -> u32 {
     n.div_ceil(THREADS as usize).min(4096) as u32
-}
-
-/// An argument of a kernel.
-enum Arg {
-    U32(u32),
-    U64(u64),
-    F32(f32),
-    F64(f64),
-    /// `struct Extents` of attention.cu.
-    Extents(Extents),
-}
-
-/// As attention.cu has it.
-#[repr(C)]
-struct Extents {
-    len: u32,
-    heads: u32,
-    kv_heads: u32,
-    dim: u32,
-    scale: f32,
-}
-
-impl Arg {
-    fn pointer(&self) -> *mut c_void {
-        let pointer: *const c_void = match self {
-            Arg::U32(x) => std::ptr::from_ref(x).cast(),
-            Arg::U64(x) => std::ptr::from_ref(x).cast(),
-            Arg::F32(x) => std::ptr::from_ref(x).cast(),
-            Arg::F64(x) => std::ptr::from_ref(x).cast(),
-            Arg::Extents(x) => std::ptr::from_ref(x).cast(),
-        };
-        pointer.cast_mut()
-    }
-}
-
-impl From<u32> for Arg {
-    fn from(x: u32) -> Arg {
-        Arg::U32(x)
-    }
-}
-
-impl From<u64> for Arg {
-    fn from(x: u64) -> Arg {
-        Arg::U64(x)
-    }
-}
-
-/// u64 in the kernels.
-impl From<usize> for Arg {
-    fn from(x: usize) -> Arg {
-        Arg::U64(x as u64)
-    }
-}
-
-impl From<f32> for Arg {
-    fn from(x: f32) -> Arg {
-        Arg::F32(x)
-    }
-}
-
-impl From<f64> for Arg {
-    fn from(x: f64) -> Arg {
-        Arg::F64(x)
-    }
-}
-
-impl From<&Memory> for Arg {
-    fn from(x: &Memory) -> Arg {
-        Arg::U64(x.address())
-    }
 }

@@ -69,8 +69,8 @@ impl Cuda {
             self.launch_each("quantise_nf4", n.div_ceil(2), &args);
         }
         let Some(nested) = &result.nested else { return CudaQuantised { scales, ..result } };
-        let mut sum = self.allocate(2);
-        self.attempt(|_| sum.fill(0));
+        let sum = self.allocate(2);
+        self.fill_words(&sum, 0);
         self.add_up_raw("sum_parts", vec![(&scales).into()], blocks, 1.0, (&sum).into());
         let inputs = [(&scales).into(), blocks.into(), (&sum).into(), self.tables().into()];
         let outputs = [&result.scales, &nested.scales, &nested.offset].map(Arg::from);
@@ -103,12 +103,12 @@ impl Cuda {
     pub(super) fn download_matrix(&self, x: &CudaQuantised) -> Quantised {
         let bytes = |memory: &Memory, n: usize| {
             let mut bytes = vec![0u8; n];
-            self.attempt(|_| memory.read(&mut bytes));
+            self.settled(|_| memory.read(&mut bytes));
             bytes
         };
         let floats = |memory: &Memory, n: usize| {
             let mut floats = vec![f32::NAN; n];
-            self.attempt(|_| memory.read(&mut floats));
+            self.settled(|_| memory.read(&mut floats));
             floats
         };
         let codes = if x.how == Quantisation::Int8 { x.len() } else { x.len().div_ceil(2) };
@@ -125,7 +125,7 @@ impl Cuda {
 
     pub(super) fn upload_matrix(&self, x: &Quantised) -> CudaQuantised {
         let mut result = CudaQuantised::new(self, x.how, x.rows, x.cols);
-        self.attempt(|_| {
+        self.settled(|_| {
             result.codes.write(&x.codes)?;
             match (&x.scales, &mut result.nested) {
                 (Scales::F32(scales), _) => result.scales.write(scales),

@@ -176,6 +176,10 @@ pub struct TrainConfig {
     /// Let products on an NVIDIA GPU round their factors to TF32 (10 bits instead of 23): faster. The CPU has none.
     #[serde(default)]
     pub tf32: bool,
+    /// Ask an NVIDIA GPU for each pass as a whole (CUDA graphs): the same result, for models so small that asking takes longer
+    /// than computing. Not set: as soon as the host is what an update waits for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cuda_graphs: Option<bool>,
     /// Keep only the input of each block for backward, and run its forward again: less memory, a third more work.
     #[serde(default)]
     pub activation_checkpointing: bool,

@@ -1,0 +1,157 @@
+//! What the stream of the kernels is asked for, as values: asked for at once, or held back and recognised ([`super::held`]).
+
+use super::{Cuda, THREADS, blas::Product, memory::Memory};
+use crate::error::Result;
+use cudarc::driver::sys;
+use std::ffi::c_void;
+
+/// One thing for the GPU to do. It says all that decides about it, so equal requests do the same to what lies at their addresses.
+#[derive(Clone, PartialEq)]
+pub(super) enum Request {
+    Kernel(Launch),
+    Product(Product),
+    /// Every one of `words` times 4 bytes becomes `value`.
+    Fill {
+        address: u64,
+        value: u32,
+        words: usize,
+    },
+    Copy {
+        from: u64,
+        to: u64,
+        bytes: usize,
+    },
+}
+
+/// A kernel and what it is given.
+#[derive(Clone, PartialEq)]
+pub(super) struct Launch {
+    pub kernel: &'static str,
+    pub grid: [u32; 3],
+    /// Bytes of shared memory of the launch's own choice.
+    pub shared: u32,
+    pub args: Vec<Arg>,
+}
+
+/// An argument of a kernel. Numbers are their bits, so that equal ones are the same.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Arg {
+    Word(u32),
+    Long(u64),
+    /// `struct Extents` of attention.cu.
+    Extents(Extents),
+}
+
+/// As attention.cu has it; the scale is an f32.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Extents {
+    pub len: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub dim: u32,
+    pub scale_bits: u32,
+}
+
+impl Arg {
+    fn pointer(&self) -> *mut c_void {
+        let pointer: *const c_void = match self {
+            Arg::Word(x) => std::ptr::from_ref(x).cast(),
+            Arg::Long(x) => std::ptr::from_ref(x).cast(),
+            Arg::Extents(x) => std::ptr::from_ref(x).cast(),
+        };
+        pointer.cast_mut()
+    }
+}
+
+impl From<u32> for Arg {
+    fn from(x: u32) -> Arg {
+        Arg::Word(x)
+    }
+}
+
+impl From<u64> for Arg {
+    fn from(x: u64) -> Arg {
+        Arg::Long(x)
+    }
+}
+
+/// u64 in the kernels.
+impl From<usize> for Arg {
+    fn from(x: usize) -> Arg {
+        Arg::Long(x as u64)
+    }
+}
+
+impl From<f32> for Arg {
+    fn from(x: f32) -> Arg {
+        Arg::Word(x.to_bits())
+    }
+}
+
+impl From<f64> for Arg {
+    fn from(x: f64) -> Arg {
+        Arg::Long(x.to_bits())
+    }
+}
+
+impl From<&Memory> for Arg {
+    fn from(x: &Memory) -> Arg {
+        Arg::Long(x.address())
+    }
+}
+
+impl Launch {
+    /// Its arguments as the driver takes them.
+    pub fn pointers(&self) -> Vec<*mut c_void> {
+        self.args.iter().map(Arg::pointer).collect()
+    }
+}
+
+impl Request {
+    /// Whether a graph of the other can be made one of this: kernels may be given other arguments, all else is fixed.
+    pub fn is_like(&self, other: &Request) -> bool {
+        match (self, other) {
+            (Request::Kernel(one), Request::Kernel(other)) => one.kernel == other.kernel,
+            _ => self == other,
+        }
+    }
+}
+
+impl Cuda {
+    /// Asks the stream for it.
+    pub(super) fn issue(&self, request: &Request) -> Result<()> {
+        let gpu = &self.0.gpu;
+        match request {
+            Request::Kernel(launch) => self.start(gpu.stream(), launch),
+            Request::Product(product) => self.0.blas.multiply(gpu, product),
+            Request::Fill { address, value, words } => gpu.fill(*address, *value, *words),
+            Request::Copy { from, to, bytes } => gpu.copy(*from, *to, *bytes),
+        }
+    }
+
+    /// Starts a kernel on a stream.
+    pub(super) fn start(&self, stream: sys::CUstream, launch: &Launch) -> Result<()> {
+        let gpu = &self.0.gpu;
+        gpu.enter()?;
+        let (mut pointers, [x, y, z]) = (launch.pointers(), launch.grid);
+        // SAFETY: the arguments are those of the kernel, in its order and types; tests run every kernel against its
+        // CPU twin on memory whose bounds are watched.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                self.0.kernels.get(launch.kernel),
+                x,
+                y,
+                z,
+                THREADS,
+                1,
+                1,
+                launch.shared,
+                stream,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        gpu.check(&format!("kernel {}", launch.kernel), result)
+    }
+}
