@@ -158,13 +158,30 @@ fn no_bit_depends_on_the_order_of_blocks_and_threads() {
 }
 
 #[test]
+fn graphs_that_cannot_be_had_are_not_needed() {
+    let workshop = Workshop::new();
+    let with = |graphs: &str, environment| {
+        let more = ["--device", "cuda", "--set", &format!("train.cuda_graphs={graphs}")];
+        fs::read(workshop.trains(&format!("{graphs} {environment:?}"), &more, environment).join(FINAL)).unwrap()
+    };
+    let plain = with("false", &[]);
+    assert!(with("true", &[]) == plain && with("true", &[("CUDA_DOUBLE_NO_GRAPHS", "1")]) == plain);
+}
+
+#[test]
 fn a_lost_gpu_ends_the_run_and_it_resumes_anywhere() {
     let workshop = Workshop::new();
     let whole = workshop.trains("whole", &["--device", "cuda"], &[]);
-    for (output, device, launches) in [("a", "cuda", "1500"), ("b", "cpu", "2600"), ("c", "cuda", "40")] {
+    let graphs = &["--set", "train.cuda_graphs=true"][..];
+    for (output, device, launches, more) in [
+        ("a", "cuda", "1500", &[][..]),
+        ("b", "cpu", "2600", &[]),
+        ("c", "cuda", "40", &[]),
+        ("d", "cuda", "2000", graphs),
+    ] {
         let lost = [("CUDA_DOUBLE_LOSE_AFTER", launches)];
         let parts = ["device 'cuda:0' (CUDA test double) failed while it worked", "--resume", "--device cpu"];
-        workshop.fails(output, &[], &lost, &parts);
+        workshop.fails(output, more, &lost, &parts);
         let made = updates(&workshop.path(output)).len();
         assert!(made < 14, "the GPU was not lost in time");
         let (code, _, stderr) = workshop.run(&["train", "--resume", output, "--device", device], &[]);
@@ -182,11 +199,13 @@ fn a_lost_gpu_ends_the_run_and_it_resumes_anywhere() {
 fn out_of_memory_is_a_sentence() {
     let workshop = Workshop::new();
     let parts = ["is out of memory", "MiB were asked for", "are free", "train.batch_size"];
-    // Not even the weights fit: nothing is left behind.
-    workshop.fails("none", &[], &[("CUDA_DOUBLE_MEMORY", "40000")], &parts);
-    assert!(!workshop.path("none").exists());
+    // Not even what cuBLAS wants for itself (8 MiB) fits, or not even the weights beside it: nothing is left behind.
+    for memory in ["40000", "8430000"] {
+        workshop.fails("none", &[], &[("CUDA_DOUBLE_MEMORY", memory)], &parts);
+        assert!(!workshop.path("none").exists());
+    }
     // The weights and their gradients fit, the activations do not.
-    workshop.fails("some", &[], &[("CUDA_DOUBLE_MEMORY", "130000")], &parts);
+    workshop.fails("some", &[], &[("CUDA_DOUBLE_MEMORY", "8520000")], &parts);
     let (code, _, stderr) = workshop.run(&["train", "--resume", "some"], &[]);
     assert_eq!(code, 0, "{stderr}");
     assert_eq!(updates(&workshop.path("some")).len(), 14);

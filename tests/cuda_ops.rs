@@ -540,3 +540,29 @@ fn adamw_updates() {
         });
     }
 }
+
+#[test]
+fn lists_that_differ_are_not_taken_for_each_other() {
+    let device = common::cuda_double::open();
+    assert!(device.hold());
+    let [mut x, mut y] = [3.0, 5.0].map(|value| device.upload(&[value; 40]));
+    for round in 0..12 {
+        // Where the memory of x and y changes places, products, copies and fills are others.
+        if round % 3 == 2 {
+            std::mem::swap(&mut x, &mut y);
+        }
+        let n = if round % 2 == 0 { 5 } else { 4 };
+        let [mut product, mut copy] = [device.zeros(16), device.zeros(40)];
+        let scale = 1.0 + round as f32;
+        device.matmul(scale, Mat::new(&x, 4, n), Mat::new(&y, n, 4), 0.0, MatMut::new(&mut product, 4, 4));
+        device.copy(&x, &mut copy);
+        device.axpy(scale, &y, &mut copy);
+        device.fill(&mut x, 7.0 + round as f32);
+        let [x_before, y_now] = [&copy, &y].map(|b| device.read(b)[0]);
+        device.send();
+        let x_before = x_before - scale * y_now;
+        assert_eq!(device.read(&product), [n as f32 * scale * x_before * y_now; 16], "round {round}");
+        assert_eq!(device.read(&x), [7.0 + round as f32; 40], "round {round}");
+    }
+    device.release();
+}

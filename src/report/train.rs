@@ -57,7 +57,8 @@ impl Report for Summary {
             rows.push(("peak memory of the device", bytes(peak)));
         }
         if let Some(share) = self.host_wait {
-            rows.push(("host waits for the GPU", format!("{:.0}% of the time", 100.0 * share)));
+            let graphs = if self.cuda_graphs { " (with CUDA graphs in the end)" } else { "" };
+            rows.push(("host waits for the GPU", format!("{:.0}% of the time{graphs}", 100.0 * share)));
         }
         rows.push(("final checkpoint", self.checkpoint.display().to_string()));
         let mut tables = facts(&format!("run {}", self.run.display()), rows);

@@ -65,6 +65,9 @@ pub struct Summary {
     /// On a GPU: the share of the training's time in which the host waited for it. Near 0, the GPU waits for the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_wait: Option<f64>,
+    /// Whether passes were asked for as CUDA graphs in the end.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub cuda_graphs: bool,
     /// Where the time went, if that was asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub operations: Vec<OperationTime>,
@@ -484,6 +487,7 @@ impl<D: Device> Session<D> {
             peak_memory: peak_memory(),
             device_peak_memory: self.trainer.model.device().peak_memory(),
             host_wait: self.on_gpu.then(|| self.host_wait.as_secs_f64() / self.train_seconds),
+            cuda_graphs: self.on_gpu && self.trainer.uses_graphs(),
             operations: Vec::new(),
         })
     }

@@ -46,6 +46,7 @@ pub struct Trainer<D: Device> {
     pub skipped: u64,
     tokens: Vec<u32>,
     pace: Pace,
+    holds: bool,
 }
 
 /// What one update did.
@@ -144,6 +145,7 @@ impl<D: Device> Trainer<D> {
             skipped: 0,
             tokens: Vec::new(),
             pace,
+            holds: false,
         };
         trainer.model.device().allow_tf32(trainer.config.train.tf32);
         trainer.round(|_| true, |_| Rounding::Nearest);
@@ -162,6 +164,11 @@ impl<D: Device> Trainer<D> {
     /// The processes that train together.
     pub fn collective(&self) -> &Arc<dyn Collective<D>> {
         &self.collective
+    }
+
+    /// Whether the last update was asked for in lists that the device may make graphs of.
+    pub fn uses_graphs(&self) -> bool {
+        self.holds
     }
 
     /// The data.
@@ -288,9 +295,9 @@ impl<D: Device> Trainer<D> {
     /// One update: forward and backward over the batch, clipping, AdamW.
     pub fn update(&mut self) -> Result<Update> {
         let began = Instant::now();
-        let holds = self.pace.host_is_slow() && self.model.device().hold();
+        self.holds = self.pace.host_is_slow() && self.model.device().hold();
         let update = self.update_at_once_or_held();
-        if holds {
+        if self.holds {
             self.model.device().release();
         }
         if let Ok(Update { host_wait, .. }) = &update {

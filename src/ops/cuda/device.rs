@@ -2,7 +2,7 @@
 
 use super::{
     Arg, Cuda, THREADS, WARPS, attention,
-    blas::{Factors, Matrix, Product},
+    blas::{Factors, Matrix, Product, workspace_bytes},
     blocks,
     buffer::{CudaBuffer, CudaTally, CudaTokens, width},
     memory::Memory,
@@ -148,8 +148,8 @@ impl Device for Cuda {
     }
 
     fn overhead(&self, shape: &AttentionShape, element: Element) -> u64 {
-        // Token ids sorted for the embedding, parts of sums, and what the pool loses between buffers.
-        let others = 16 * (shape.batch * shape.len) as u64 + (8 << 20);
+        // Token ids sorted for the embedding, parts of sums, what the pool loses between buffers, and what cuBLAS has.
+        let others = 16 * (shape.batch * shape.len) as u64 + (8 << 20) + workspace_bytes(self.0.gpu.capability) as u64;
         self.attention_workspace(shape, element) + others
     }
 
@@ -303,6 +303,8 @@ impl Device for Cuda {
             *end += rows.len() as u32;
             Some(*end)
         }));
+        // As long as it can be: in every pass the same memory.
+        starts.resize(tokens.host.len() + 1, tokens.host.len() as u32);
         let rows = self.upload_tokens(&by_token.values().flatten().copied().collect::<Vec<_>>());
         let starts = self.upload_tokens(&starts);
         let args = [&tokens.memory, &rows.memory, &starts.memory, &dy.memory, &dtable.memory].map(Arg::from);
