@@ -24,7 +24,7 @@ pub struct Blas {
     pub(super) handle: Mutex<Handle>,
     tf32: AtomicBool,
     /// cuBLAS's own: it asks for no other while a stream takes notes, and chooses the same ways as ever.
-    _workspace: Memory,
+    workspace: Option<Memory>,
 }
 
 pub(super) struct Handle(pub(super) sys::cublasHandle_t);
@@ -83,16 +83,25 @@ impl Blas {
     pub fn open(gpu: &Arc<Gpu>) -> Result<Blas> {
         gpu.enter()?;
         let mut handle = ptr::null_mut();
-        let workspace = Memory::new(gpu, workspace_bytes(gpu.capability))?;
-        // SAFETY: the pointer is to a variable of the type that cuBLAS writes; stream and workspace live as long as the handle.
+        // SAFETY: the pointer is to a variable of the type that cuBLAS writes; the stream lives as long as the GPU.
         unsafe {
             check(gpu, "cublasCreate", sys::cublasCreate_v2(&mut handle))?;
             check(gpu, "cublasSetStream", sys::cublasSetStream_v2(handle, gpu.stream().cast()))?;
-            // After the stream, which would undo it.
-            let address = workspace.address() as *mut c_void;
-            check(gpu, "cublasSetWorkspace", sys::cublasSetWorkspace_v2(handle, address, workspace.bytes()))?;
         }
-        Ok(Blas { handle: Mutex::new(Handle(handle)), tf32: AtomicBool::new(false), _workspace: workspace })
+        Ok(Blas { handle: Mutex::new(Handle(handle)), tf32: AtomicBool::new(false), workspace: None })
+    }
+
+    /// Gives cuBLAS memory of its own.
+    pub fn own_workspace(&mut self, gpu: &Arc<Gpu>) -> Result<()> {
+        let memory = Memory::new(gpu, workspace_bytes(gpu.capability))?;
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = memory.address() as *mut c_void;
+        // SAFETY: the handle is open, and the memory lives as long as it.
+        let status = unsafe { sys::cublasSetWorkspace_v2(handle.0, address, memory.bytes()) };
+        check(gpu, "cublasSetWorkspace", status)?;
+        drop(handle);
+        self.workspace = Some(memory);
+        Ok(())
     }
 
     /// Whether products of f32 may round their factors to TF32: faster, with 10 instead of 23 bits.

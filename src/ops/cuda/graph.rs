@@ -26,7 +26,7 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Of these requests, one after the other. Nothing is done yet. The stream notes what it is asked for instead of doing it;
-    /// cuBLAS has memory of its own for that (`Blas::open`), since it must not ask the driver for some.
+    /// cuBLAS has memory of its own for that (`Blas::own_workspace`), since it must not ask the driver for some.
     pub fn new(cuda: &Cuda, requests: &[Request]) -> Result<Graph> {
         let gpu = &cuda.0.gpu;
         gpu.enter()?;

@@ -103,7 +103,8 @@ impl Cuda {
         libraries::load(&format!("cuda:{}", options.ordinal), &options.libraries)?;
         let gpu = Arc::new(Gpu::open(options.ordinal)?);
         let kernels = Kernels::load(&gpu, options.cache.as_deref())?;
-        let blas = Blas::open(&gpu)?;
+        let mut blas = Blas::open(&gpu)?;
+        blas.own_workspace(&gpu)?;
         let (failure, held, tables) = (Mutex::new(None), Mutex::default(), OnceLock::new());
         Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure, held, tables })))
     }
