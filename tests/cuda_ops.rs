@@ -544,25 +544,34 @@ fn adamw_updates() {
 #[test]
 fn lists_that_differ_are_not_taken_for_each_other() {
     let device = common::cuda_double::open();
+    let mut early = Some(device.upload(&[100.0; 40]));
     assert!(device.hold());
-    let [mut x, mut y] = [3.0, 5.0].map(|value| device.upload(&[value; 40]));
-    for round in 0..12 {
-        // Where the memory of x and y changes places, products, copies and fills are others.
-        if round % 3 == 2 {
+    let (mut x_is, mut y_is) = (3.0, 5.0);
+    let [mut x, mut y] = [x_is, y_is].map(|value| device.upload(&[value; 40]));
+    // The same until it is a graph; then other extents, another factor, another filling, another place, other arguments.
+    let same = (5, 2.0, 7.0, false, 1.0);
+    let others = [(4, 2.0, 7.0, false, 1.0), (5, 3.0, 7.0, false, 1.0), (5, 2.0, 8.0, false, 1.0)];
+    let rest = [same, (5, 2.0, 7.0, true, 1.0), (5, 2.0, 7.0, true, 1.0), (5, 2.0, 7.0, false, 4.0), same, same];
+    for (round, (n, alpha, value, swap, scale)) in [same; 4].into_iter().chain(others).chain(rest).enumerate() {
+        if swap {
             std::mem::swap(&mut x, &mut y);
+            std::mem::swap(&mut x_is, &mut y_is);
         }
-        let n = if round % 2 == 0 { 5 } else { 4 };
         let [mut product, mut copy] = [device.zeros(16), device.zeros(40)];
-        let scale = 1.0 + round as f32;
-        device.matmul(scale, Mat::new(&x, 4, n), Mat::new(&y, n, 4), 0.0, MatMut::new(&mut product, 4, 4));
+        device.matmul(alpha, Mat::new(&x, 4, n), Mat::new(&y, n, 4), 0.0, MatMut::new(&mut product, 4, 4));
         device.copy(&x, &mut copy);
         device.axpy(scale, &y, &mut copy);
-        device.fill(&mut x, 7.0 + round as f32);
-        let [x_before, y_now] = [&copy, &y].map(|b| device.read(b)[0]);
+        let mut copy_is = x_is + scale * y_is;
+        if let Some(early) = early.take_if(|_| round == 8) {
+            device.axpy(1.0, &early, &mut copy);
+            copy_is += 100.0;
+        }
+        device.fill(&mut x, value);
         device.send();
-        let x_before = x_before - scale * y_now;
-        assert_eq!(device.read(&product), [n as f32 * scale * x_before * y_now; 16], "round {round}");
-        assert_eq!(device.read(&x), [7.0 + round as f32; 40], "round {round}");
+        assert_eq!(device.read(&product), [n as f32 * alpha * x_is * y_is; 16], "round {round}");
+        assert_eq!(device.read(&copy), [copy_is; 40], "round {round}");
+        x_is = value;
+        assert_eq!(device.read(&x), [x_is; 40], "round {round}");
     }
     device.release();
 }

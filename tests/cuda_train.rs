@@ -359,6 +359,11 @@ fn graphs_ask_the_gpu_for_less() {
         let expected = [(2, 2), (3, 2), (2, 3), (3, 3)].map(|(l, p)| [21 * l * p + 7 * p + 16 * l + 6, 0]);
         assert_eq!(found, expected, "{set:?}");
     }
+    let full_rank = ["train.cuda_graphs=true", "warm_start.num_training_steps=14", "relora.relora=2", MIXED];
+    for (layers, passes) in [(2, 1), (2, 2), (3, 3)] {
+        let asked = asked(workshop.path(), layers as usize, passes as usize, 2, &full_rank);
+        assert_eq!(asked, [7 * passes + 9 * layers + 6, 0], "full rank, {layers} layers, {passes} passes");
+    }
 }
 
 #[test]

@@ -13,11 +13,13 @@ impl<D: Device> Pool<D> {
         Pool { free: Vec::new() }
     }
 
-    /// The smallest free buffer that has room for `len` elements, or a new one. What it holds is not defined.
+    /// The smallest free buffer that has room for `len` elements, or a new one. What it holds is not defined. Of several, it is the
+    /// one that lies first, whenever they came: so that each pass has the buffers of the one before.
     pub fn take(&mut self, device: &D, element: Element, len: usize) -> D::Buffer {
+        self.free.sort_unstable_by_key(|b| device.place(b));
         let rooms: Vec<usize> = self.free.iter().map(|b| device.room(b)).collect();
         let Some(at) = best_fit(&rooms, len * device.width(element)) else { return device.zeros_of(element, len) };
-        let mut buffer = self.free.swap_remove(at);
+        let mut buffer = self.free.remove(at);
         device.remake(&mut buffer, element, len);
         buffer
     }

@@ -46,6 +46,10 @@ impl Device for Cpu {
         size_of::<f32>() * buffer.capacity()
     }
 
+    fn place(&self, buffer: &Vec<f32>) -> u64 {
+        buffer.as_ptr().addr() as u64
+    }
+
     fn remake(&self, buffer: &mut Vec<f32>, _element: Element, len: usize) {
         elementwise::set_len(buffer, len);
     }

@@ -96,6 +96,8 @@ pub trait Device: Send + Sync {
     }
     /// Bytes that a buffer has room for.
     fn room(&self, buffer: &Self::Buffer) -> usize;
+    /// A number of its own for every buffer that is not empty: where it lies.
+    fn place(&self, buffer: &Self::Buffer) -> u64;
     /// Makes another buffer of one that has the room, without another allocation. What it holds then is not defined.
     fn remake(&self, buffer: &mut Self::Buffer, element: Element, len: usize);
     /// New token ids.

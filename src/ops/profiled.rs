@@ -172,6 +172,10 @@ impl<D: Device> Device for Profiled<D> {
         self.device.room(buffer)
     }
 
+    fn place(&self, buffer: &D::Buffer) -> u64 {
+        self.inner().place(buffer)
+    }
+
     fn remake(&self, buffer: &mut D::Buffer, element: Element, len: usize) {
         self.time("allocate", |d| d.remake(buffer, element, len));
     }

@@ -123,6 +123,10 @@ impl Device for Cuda {
         buffer.memory.bytes().max(width(buffer.element) * buffer.len)
     }
 
+    fn place(&self, buffer: &CudaBuffer) -> u64 {
+        buffer.address(0)
+    }
+
     fn remake(&self, buffer: &mut CudaBuffer, element: Element, len: usize) {
         let element = self.native(element);
         let (needed, room) = (width(element) * len, self.room(buffer));
