@@ -327,6 +327,7 @@ impl<D: Device> Trainer<D> {
         let (mode, seed, low_rank) = (t.rounding, self.rounding_seed(), self.model.lora().is_some());
         self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
 
+        self.model.device().send();
         // Here the host waits, and nowhere else.
         let began = Instant::now();
         let Tally { loss, squares, factor, signals } = self.model.device().read_tally(&tally)?;

@@ -25,8 +25,8 @@ pub(super) struct Held {
     list: Option<Vec<Request>>,
     /// The last one last.
     known: Vec<Known>,
-    /// Whether graphs cannot be had here: a driver that is too old, or that refused one.
-    refused: bool,
+    /// Whether graphs can be had here: not with a driver that is too old, or that refused one. `None`: nobody has asked yet.
+    able: Option<bool>,
 }
 
 /// A list that came before, with what its kernels were given last.
@@ -67,8 +67,8 @@ impl Cuda {
     pub(super) fn begin_holding(&self) -> bool {
         let begun = self.attempt(|gpu| {
             let mut held = self.held();
-            held.refused = held.refused || libraries::check_graphs(&gpu.name).is_err();
-            if !held.refused && held.list.is_none() {
+            let able = *held.able.get_or_insert_with(|| libraries::check_graphs(&gpu.name).is_ok());
+            if able && held.list.is_none() {
                 held.list = Some(Vec::new());
                 gpu.keep_memory(true);
             }
@@ -105,7 +105,8 @@ impl Cuda {
         let mut held = self.held();
         let list = held.list.take();
         list.iter().flatten().try_for_each(|request| self.issue(request))?;
-        *held = Held { refused: list.is_some() || held.refused, ..Held::default() };
+        // Whoever holds back again would run out again.
+        *held = Held { able: if list.is_some() { Some(false) } else { held.able }, ..Held::default() };
         gpu.nothing_held()?;
         gpu.keep_memory(false);
         gpu.clear_shelf()
@@ -113,7 +114,7 @@ impl Cuda {
 
     fn send_list(&self, held: &mut Held, list: Vec<Request>) -> Result<()> {
         let one_by_one = |list: &[Request]| list.iter().try_for_each(|request| self.issue(request));
-        if list.len() < FEWEST || held.refused {
+        if list.len() < FEWEST || held.able == Some(false) {
             return one_by_one(&list);
         }
         let Some(at) = held.known.iter().rposition(|known| known.is_like(&list)) else {
@@ -136,7 +137,7 @@ impl Cuda {
                 Ok(graph) => graph,
                 Err(_) => {
                     // A driver that takes no notes of something. If the GPU itself has failed, the next call says so.
-                    held.refused = true;
+                    held.able = Some(false);
                     return one_by_one(&list);
                 }
             },
