@@ -161,7 +161,10 @@ Status cublasSetPointerMode_v2(Handle* handle, int mode) {
     return OK;
 }
 
-static Product factors(Handle* handle, int m, int n, int k, int count, const float* alpha, const float* beta, Matrix a, Matrix b, Matrix c) {
+// The product with its factors: copies of them, or where they are on the GPU.
+static Product factors(
+    Handle* handle, int m, int n, int k, int count, const float* alpha, const float* beta, Matrix a, Matrix b, Matrix c
+) {
     Product p = {m, n, k, count, 0.0f, 0.0f, nullptr, nullptr, a, b, c, false};
     if (handle->factors_on_gpu) {
         p.alpha_on_gpu = alpha;
@@ -195,7 +198,9 @@ Status cublasGemmEx(
     Handle* handle, int ta, int tb, int m, int n, int k, const float* alpha, char* a, int at, int lda, char* b, int bt,
     int ldb, const float* beta, char* c, int ct, int ldc, int compute, int algorithm
 ) {
-    Product p = factors(handle, m, n, k, 1, alpha, beta, {a, at, lda, 0, ta != 0}, {b, bt, ldb, 0, tb != 0}, {c, ct, ldc, 0, false});
+    Product p = factors(
+        handle, m, n, k, 1, alpha, beta, {a, at, lda, 0, ta != 0}, {b, bt, ldb, 0, tb != 0}, {c, ct, ldc, 0, false}
+    );
     return product(handle, p, compute, algorithm);
 }
 

@@ -2,8 +2,8 @@
 //! products in cuBLAS. Nothing of CUDA is needed to build or to start the program: its libraries are loaded when a GPU is
 //! asked for, and the kernels are compiled for the GPU at hand.
 //!
-//! All work is on one stream and in order ([`request`]); the host waits only where a number or a buffer is read. After the first failure
-//! nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
+//! All work is on one stream and in order ([`request`], [`held`]); the host waits only where a number or a buffer is read.
+//! After the first failure nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
 
 mod attention;
 mod blas;
