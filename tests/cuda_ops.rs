@@ -10,6 +10,10 @@ use relora_kit::ops::{
     AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, Pruning, Quantisation,
     RopeShape, Rounding, Scales, TALLY_SHARE,
 };
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 /// Values in (-1, 1), the same for the same `seed`.
 fn noise(seed: u64, len: usize) -> Vec<f32> {
@@ -574,4 +578,29 @@ fn lists_that_differ_are_not_taken_for_each_other() {
         assert_eq!(device.read(&x), [x_is; 40], "round {round}");
     }
     device.release();
+}
+
+#[test]
+fn threads_that_share_a_gpu_keep_what_they_ask_for_when_one_holds_back() {
+    let device = common::cuda_double::open();
+    let mut sum = device.zeros(4);
+    let (mut asked, mut sum_is, done) = (0, 0.0, AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                device.hold();
+                device.release();
+                std::thread::yield_now();
+            }
+        });
+        let end = Instant::now() + Duration::from_millis(500);
+        // Sums of whole numbers below 2^24 are exact.
+        while Instant::now() < end && sum_is < 16e6 {
+            let value = (asked % 7) as f32;
+            device.axpy(1.0, &device.upload(&[value; 4]), &mut sum);
+            (asked, sum_is) = (asked + 1, sum_is + value);
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(device.read(&sum), [sum_is; 4], "after {asked} requests");
 }

@@ -87,11 +87,15 @@ impl Cuda {
         });
     }
 
-    /// As [`Cuda::send_held`], and holds back no more.
+    /// As [`Cuda::send_held`], and holds back no more. In one step: what another thread asks for meanwhile comes before or after.
     pub(super) fn end_holding(&self) {
-        self.send_held();
-        self.held().list = None;
-        self.0.gpu.keep_memory(false);
+        self.attempt(|gpu| {
+            let mut held = self.held();
+            let sent = held.list.take().map_or(Ok(()), |list| self.send_list(&mut held, list));
+            gpu.keep_memory(false);
+            sent?;
+            gpu.nothing_held()
+        });
     }
 
     /// Forgets what came before. Nothing is held back.
