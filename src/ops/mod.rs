@@ -111,8 +111,8 @@ pub trait Device: Send + Sync {
         self.free_memory().is_none_or(|free| bytes <= free)
     }
     /// Holds back what is asked for from now on, so that much of it can be asked for at once and, where the same comes again and
-    /// again, for little ([`Device::send`], [`Device::release`]). What is done, and in which order, stays the same. Whether this
-    /// device does so.
+    /// again, for little ([`Device::send`], [`Device::release`]). What is done, and in which order, stays the same, also for other
+    /// threads that share the device. Whether this device does so.
     fn hold(&self) -> bool {
         false
     }

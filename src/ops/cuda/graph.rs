@@ -57,7 +57,7 @@ impl Graph {
 
     /// Gives the kernel of request number `at` these arguments and this grid, from the next start on.
     pub fn change(&self, cuda: &Cuda, at: usize, launch: &Launch) -> Result<()> {
-        let Some(node) = self.nodes[at] else { return Ok(()) };
+        let node = self.nodes[at].expect("a kernel has a node");
         let (mut pointers, [x, y, z]) = (launch.pointers(), launch.grid);
         let parameters = sys::CUDA_KERNEL_NODE_PARAMS {
             func: cuda.0.kernels.get(launch.kernel),
