@@ -173,7 +173,7 @@ impl<D: Device> Device for Profiled<D> {
     }
 
     fn place(&self, buffer: &D::Buffer) -> u64 {
-        self.inner().place(buffer)
+        self.device.place(buffer)
     }
 
     fn remake(&self, buffer: &mut D::Buffer, element: Element, len: usize) {

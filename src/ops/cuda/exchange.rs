@@ -66,8 +66,8 @@ impl Exchange {
 
     /// What has to be done before buffers can be read.
     pub fn before(&self) -> Result<Before> {
-        self.cuda.send_held();
-        Event::record(&self.cuda.0.gpu, self.cuda.0.gpu.stream()).map(Before)
+        let event = self.cuda.settled(|gpu| Event::record(gpu, gpu.stream()));
+        event.map(Before).ok_or_else(|| self.cuda.first_failure().expect("what failed is remembered"))
     }
 
     /// The host waits for the kernels.
