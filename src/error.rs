@@ -10,8 +10,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Kind {
     /// The request is wrong: bad flag, bad config, malformed or mismatched input. Exit code 2.
     Request,
-    /// The world failed: I/O, out of memory, no such device, interrupted. Exit code 3.
-    World,
+    /// The environment failed: I/O, out of memory, no such device, interrupted. Exit code 3.
+    Environment,
 }
 
 /// What failed, in one sentence that names the file, the tensor, what was expected and what was found;
@@ -32,30 +32,37 @@ impl Error {
         Error { kind: Kind::Request, message: message.into(), help: None }
     }
 
-    /// Something outside the request failed (exit code 3).
+    /// An environment error: something outside the request failed (exit code 3).
+    pub fn environment(message: impl Into<String>) -> Self {
+        Error { kind: Kind::Environment, message: message.into(), help: None }
+    }
+
+    /// The former name of [`Error::environment`].
+    #[doc(hidden)]
     pub fn world(message: impl Into<String>) -> Self {
-        Error { kind: Kind::World, message: message.into(), help: None }
+        Error::environment(message)
     }
 
     /// An I/O failure on `path`; `action` reads as in "cannot {action} '{path}'".
-    /// A missing input is the request's fault, everything else the world's.
+    /// A missing input is an error of the request, everything else an environment error.
     pub fn io(action: &str, path: &Path, source: io::Error) -> Self {
         let message = format!("cannot {action} '{}': {source}", path.display());
         match source.kind() {
             io::ErrorKind::NotFound => Error::request(message).help("check the path"),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-                Error::world(message).help("free some space or choose another output folder; nothing was left behind")
+                Error::environment(message)
+                    .help("free some space or choose another output folder; nothing was left behind")
             }
             io::ErrorKind::PermissionDenied => {
-                Error::world(message).help("check the permissions of the file and its folder")
+                Error::environment(message).help("check the permissions of the file and its folder")
             }
-            _ => Error::world(message),
+            _ => Error::environment(message),
         }
     }
 
     /// The user stopped the program (exit code 3).
     pub fn interrupted() -> Self {
-        Error::world("interrupted")
+        Error::environment("interrupted")
     }
 
     /// Adds the hint that is printed after `help:`.
@@ -68,7 +75,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Request => 2,
-            Kind::World => 3,
+            Kind::Environment => 3,
         }
     }
 }

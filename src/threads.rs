@@ -23,7 +23,7 @@ pub fn set(threads: Option<usize>) -> Result<()> {
     if let Some(n) = threads {
         builder = builder.num_threads(n);
     }
-    builder.build_global().map_err(|e| Error::world(format!("cannot start the worker threads: {e}")))?;
+    builder.build_global().map_err(|e| Error::environment(format!("cannot start the worker threads: {e}")))?;
     set_blas(rayon::current_num_threads());
     Ok(())
 }
@@ -120,7 +120,7 @@ mod tests {
             || (),
             |(), i| {
                 done.fetch_add(1, Ordering::Relaxed);
-                if i == 10 { Err(Error::world("no")) } else { Ok(()) }
+                if i == 10 { Err(Error::environment("no")) } else { Ok(()) }
             },
         );
         assert_eq!(failed.unwrap_err().message, "no");

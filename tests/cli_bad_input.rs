@@ -1,4 +1,4 @@
-//! What a command line meets in the world: typing errors, empty files, Ctrl-C, a full disk.
+//! What a command line meets: typing errors, empty files, Ctrl-C, a full disk.
 #![allow(missing_docs)]
 
 mod common;

@@ -122,12 +122,12 @@ impl AdapterConfig {
 
     /// Writes it as PEFT does, whole numbers without a fraction.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut json = serde_json::to_value(self).map_err(|e| Error::world(e.to_string()))?;
+        let mut json = serde_json::to_value(self).map_err(|e| Error::environment(e.to_string()))?;
         json["inference_mode"] = true.into();
         if self.lora_alpha.fract() == 0.0 {
             json["lora_alpha"] = (self.lora_alpha as i64).into();
         }
-        let text = serde_json::to_string_pretty(&json).map_err(|e| Error::world(e.to_string()))?;
+        let text = serde_json::to_string_pretty(&json).map_err(|e| Error::environment(e.to_string()))?;
         fs::write(path, text + "\n").map_err(|e| Error::io("write", path, e))
     }
 

@@ -93,7 +93,7 @@ impl Writer {
         let total: u64 = files.iter().flat_map(|(_, group)| group).map(|s| s.bytes()).sum();
         index.metadata.insert("total_size".into(), total.into());
         let path = folder.join(INDEX_NAME);
-        let json = serde_json::to_vec_pretty(&index).map_err(|e| Error::world(e.to_string()))?;
+        let json = serde_json::to_vec_pretty(&index).map_err(|e| Error::environment(e.to_string()))?;
         std::fs::write(&path, json).map_err(|e| Error::io("write", &path, e))
     }
 
@@ -189,7 +189,7 @@ impl Writer {
         for (name, place) in &self.places {
             let written = place.written.load(Ordering::Relaxed);
             if written != place.bytes {
-                return Err(Error::world(format!(
+                return Err(Error::environment(format!(
                     "tensor '{name}' is incomplete: {written} of {} bytes written",
                     place.bytes
                 )));

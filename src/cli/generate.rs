@@ -79,7 +79,7 @@ impl Args {
         };
         if self.json {
             let generated = generate(&model, &tokenizer, &self.prompt, &options, &mut |_| Ok(()))?;
-            let json = serde_json::to_string_pretty(&generated).map_err(|e| Error::world(e.to_string()))?;
+            let json = serde_json::to_string_pretty(&generated).map_err(|e| Error::environment(e.to_string()))?;
             report::print(&(json + "\n"))?;
             return Ok(Outcome::Yes);
         }

@@ -142,7 +142,7 @@ pub enum Outcome {
 }
 
 /// Parses the arguments, runs the command, prints the error, and returns the exit code of the contract:
-/// 0 yes, 1 no, 2 the request is wrong, 3 the world failed.
+/// 0 yes, 1 no, 2 the request is wrong, 3 the environment failed.
 pub fn main() -> ExitCode {
     let command = Cli::command().color(color_choice(std::env::args_os().map(|arg| arg.to_string_lossy().into_owned())));
     let cli = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {

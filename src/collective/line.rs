@@ -73,7 +73,7 @@ impl Line {
         silence: Duration,
         on_ending: OnEnding,
     ) -> Result<Line> {
-        let failed = |e: io::Error| Error::world(format!("cannot keep a line between the ranks: {e}"));
+        let failed = |e: io::Error| Error::environment(format!("cannot keep a line between the ranks: {e}"));
         let (mut peers, mut readers) = (Vec::new(), Vec::new());
         for (rank, stream) in streams {
             let set = || {
@@ -134,7 +134,7 @@ impl Line {
         let line = &self.0;
         let lost = |peer: &Peer| gone(peer.rank, &line.hosts[peer.rank], "");
         if line.rank > 0 {
-            let [leader] = &line.peers[..] else { return Err(Error::world("there is no line to rank 0")) };
+            let [leader] = &line.peers[..] else { return Err(Error::environment("there is no line to rank 0")) };
             leader.send(&Message::Part(own.to_vec())).map_err(|_| lost(leader))?;
             return line.next_parts(0).ok_or_else(|| lost(leader));
         }
@@ -295,7 +295,7 @@ impl Inner {
 
 /// The error that names a process which is no longer there.
 pub(super) fn gone(rank: usize, host: &str, how: &str) -> Error {
-    Error::world(format!("rank {rank} ({host}) is gone{how}"))
+    Error::environment(format!("rank {rank} ({host}) is gone{how}"))
 }
 
 #[cfg(test)]
@@ -402,7 +402,7 @@ pub(super) mod tests {
         assert_eq!((ending.told, ending.error.exit_code(), ending.error.help.as_deref()), (false, 2, Some("look")));
         assert!(heard(&all[1].1).told);
         let all = job(2);
-        assert!(!all[0].0.fail(&Error::world("full")), "rank 0 tells it itself");
+        assert!(!all[0].0.fail(&Error::environment("full")), "rank 0 tells it itself");
         assert_eq!(heard(&all[1].1).error.message, "full");
     }
 

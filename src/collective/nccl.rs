@@ -24,7 +24,7 @@ impl Nccl {
         let library = NcclLibrary::load(device, folders)?;
         let own = if job.is_leader() { library.new_id(device)?.to_vec() } else { Vec::new() };
         let id = job.gather(&own)?.swap_remove(0);
-        let id = id.try_into().map_err(|_| Error::world("rank 0 sent no identity for NCCL"))?;
+        let id = id.try_into().map_err(|_| Error::environment("rank 0 sent no identity for NCCL"))?;
         let gpus = library.join(device, id, job.ranks().rank, job.ranks().world_size)?;
         Ok(Nccl { job, gpus: Arc::new(gpus) })
     }

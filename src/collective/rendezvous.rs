@@ -131,7 +131,7 @@ pub(super) fn join(
 ) -> Result<Line> {
     let began = Instant::now();
     let unreachable = |e: String| {
-        Error::world(format!(
+        Error::environment(format!(
             "rank {} cannot reach rank 0 at {}:{port} within {} s: {e}",
             ranks.rank,
             hosts.join(" or "),
@@ -178,7 +178,7 @@ pub(super) fn listen(address: &str, port: u16) -> Result<TcpListener> {
     // Not every machine has IPv6.
     let bound = if address == "::" { bound.or_else(|_| TcpListener::bind(("0.0.0.0", port))) } else { bound };
     bound.map_err(|e| {
-        Error::world(format!("rank 0 cannot listen on port {port}: {e}"))
+        Error::environment(format!("rank 0 cannot listen on port {port}: {e}"))
             .help("another job may use it: choose another MASTER_PORT")
     })
 }
@@ -209,7 +209,7 @@ fn accept_all(
     limit: Duration,
     found: &mut [Option<(TcpStream, String)>],
 ) -> Result<()> {
-    let failed = |e: io::Error| Error::world(format!("rank 0 cannot wait for the others: {e}"));
+    let failed = |e: io::Error| Error::environment(format!("rank 0 cannot wait for the others: {e}"));
     listener.set_nonblocking(true).map_err(failed)?;
     let began = Instant::now();
     while found.iter().any(Option::is_none) {
@@ -275,7 +275,7 @@ fn missing(found: &[Option<(TcpStream, String)>], limit: Duration) -> Error {
     let missing: Vec<String> =
         found.iter().enumerate().filter(|(_, f)| f.is_none()).map(|(i, _)| (i + 1).to_string()).collect();
     let shown = missing[..missing.len().min(10)].join(", ");
-    Error::world(format!(
+    Error::environment(format!(
         "{} of {} ranks did not come within {} s: {shown}{}",
         missing.len(),
         found.len() + 1,

@@ -32,7 +32,7 @@ impl From<&Error> for Sentence {
 
 impl Sentence {
     pub fn into_error(self) -> Error {
-        let kind = if self.exit_code == 2 { Kind::Request } else { Kind::World };
+        let kind = if self.exit_code == 2 { Kind::Request } else { Kind::Environment };
         Error { kind, message: self.message, help: self.help }
     }
 }

@@ -78,7 +78,7 @@ impl<T: Real> LowRank<T> {
                 .help("the adapter's training diverged or its file is damaged"));
             }
         }
-        let shape_error = |e| Error::world(format!("factors of '{}': {e}", module.name));
+        let shape_error = |e| Error::environment(format!("factors of '{}': {e}", module.name));
         let a = Array2::from_shape_vec((module.r * module.experts, module.in_features), a).map_err(shape_error)?;
         let b = Array2::from_shape_vec((module.out_features, module.r * module.experts), b).map_err(shape_error)?;
         let transposed = fan_in_fan_out || module.kind == ModuleKind::Embedding;

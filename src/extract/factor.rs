@@ -59,9 +59,9 @@ pub(super) fn difference(base: &Tensor, tuned: &Tensor) -> Result<Vec<f64>> {
 /// `transposed`: the weight is stored `[in, out]`.
 pub(super) fn factor(delta: Array2<f64>, size: Size, transposed: bool) -> Result<Factors> {
     let delta = if transposed { delta.reversed_axes().as_standard_layout().into_owned() } else { delta };
-    let svd = |e| Error::world(format!("LAPACK dgesdd: {e}"));
+    let svd = |e| Error::environment(format!("LAPACK dgesdd: {e}"));
     let (u, sigma, vt) = delta.clone().svddc_into(JobSvd::Some).map_err(svd)?;
-    let (Some(u), Some(vt)) = (u, vt) else { return Err(Error::world("LAPACK dgesdd returned no vectors")) };
+    let (Some(u), Some(vt)) = (u, vt) else { return Err(Error::environment("LAPACK dgesdd returned no vectors")) };
     let squares: Vec<f64> = sigma.iter().map(|s| s * s).collect();
     let r = match size {
         Size::Rank(r) => r,

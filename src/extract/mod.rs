@@ -93,7 +93,7 @@ fn factors(plan: &Plan, size: Size, progress: &Progress) -> Result<Vec<Factors>>
             interrupt::check()?;
             let shape = m.tuned.matrix_shape()?;
             let delta = Array2::from_shape_vec(shape, factor::difference(&m.base, &m.tuned)?)
-                .map_err(|e| Error::world(format!("tensor '{}': {e}", m.tuned.name())))?;
+                .map_err(|e| Error::environment(format!("tensor '{}': {e}", m.tuned.name())))?;
             let factors = factor::factor(delta, size, plan.transposed)?;
             bar.inc(1);
             Ok(factors)

@@ -66,7 +66,7 @@ pub(super) fn rows<T: Real>(
     scratch.delta.resize(count, T::zero());
     scratch.bytes.resize(count * to_size, 0);
     let block = ArrayViewMut2::from_shape((rows.len(), columns), &mut scratch.delta)
-        .map_err(|e| Error::world(format!("block of '{}': {e}", output.spec.name)))?;
+        .map_err(|e| Error::environment(format!("block of '{}': {e}", output.spec.name)))?;
     prepared.delta(&rows, block)?;
     let changed = !output.terms.is_empty();
     let plain = changed && prepared.rescale.is_none() && prepared.rounder.is_nearest();

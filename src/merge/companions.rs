@@ -55,7 +55,7 @@ fn copy_config(path: &Path, target: &Path, changes: &ConfigChanges) -> Result<()
     // Unchanged means unchanged, to the byte.
     let bytes = match config == before {
         true => bytes,
-        false => serde_json::to_vec_pretty(&config).map_err(|e| Error::world(e.to_string()))?,
+        false => serde_json::to_vec_pretty(&config).map_err(|e| Error::environment(e.to_string()))?,
     };
     fs::write(target, bytes).map_err(|e| Error::io("write", target, e))
 }

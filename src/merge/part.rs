@@ -106,7 +106,7 @@ pub(super) fn run(
     let bits = |s: &Sums| [s.delta, s.kept, s.error].map(f64::to_bits);
     record.sums = plan.outputs.iter().zip(&measured).map(|(o, s)| (o.spec.name.clone(), bits(s))).collect();
     let path = staged.path().join(RECORD);
-    let json = serde_json::to_vec_pretty(&record).map_err(|e| Error::world(e.to_string()))?;
+    let json = serde_json::to_vec_pretty(&record).map_err(|e| Error::environment(e.to_string()))?;
     fs::write(&path, json).map_err(|e| Error::io("write", &path, e))?;
     staged.commit()?;
     report.output = folder;

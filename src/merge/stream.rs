@@ -230,7 +230,7 @@ mod tests {
             let mut syncs = 0;
             let result = write_back(behind, || {
                 syncs += 1;
-                if syncs == fail_at { Err(Error::world("the disk is gone")) } else { Ok(()) }
+                if syncs == fail_at { Err(Error::environment("the disk is gone")) } else { Ok(()) }
             });
             (syncs, result.is_err())
         };

@@ -54,7 +54,8 @@ pub fn render(report: &impl Report, format: Format) -> Result<String> {
     let mut out = String::new();
     match format {
         Format::Json => {
-            out = serde_json::to_string_pretty(report).map_err(|e| Error::world(format!("cannot write JSON: {e}")))?;
+            out = serde_json::to_string_pretty(report)
+                .map_err(|e| Error::environment(format!("cannot write JSON: {e}")))?;
             out.push('\n');
         }
         Format::Csv => {
@@ -88,7 +89,7 @@ pub fn emit(report: &impl Report, format: Format, output: Option<&Path>, force: 
 pub fn print(text: &str) -> Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::world(format!("cannot write to stdout: {e}")))
+            Err(Error::environment(format!("cannot write to stdout: {e}")))
         }
         _ => Ok(()),
     }

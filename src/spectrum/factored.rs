@@ -33,7 +33,7 @@ pub fn singular_values(deltas: &[LowRank<f64>], way: Way, tolerance: f64) -> Res
     let (m, n) = first.shape();
     let lefts: Vec<Array2<f64>> = deltas.iter().map(|d| &d.left * d.scaling).collect();
     let rights: Vec<ArrayView2<f64>> = deltas.iter().map(|d| d.right.t()).collect();
-    let shape_error = |e| Error::world(format!("stacking factors: {e}"));
+    let shape_error = |e| Error::environment(format!("stacking factors: {e}"));
     let left = concatenate(Axis(1), &lefts.iter().map(|l| l.view()).collect::<Vec<_>>()).map_err(shape_error)?;
     let right = concatenate(Axis(1), &rights).map_err(shape_error)?;
     let (u, v) = (triangle(left)?, triangle(right)?);
@@ -74,7 +74,7 @@ fn triangle(matrix: Array2<f64>) -> Result<Array2<f64>> {
     // Column-major, so that LAPACK's own order applies.
     let mut entries: Vec<f64> = matrix.t().iter().copied().collect();
     let layout = MatrixLayout::F { col: columns as i32, lda: rows as i32 };
-    f64::householder(layout, &mut entries).map_err(|e| Error::world(format!("LAPACK dgeqrf: {e}")))?;
+    f64::householder(layout, &mut entries).map_err(|e| Error::environment(format!("LAPACK dgeqrf: {e}")))?;
     let kept = rows.min(columns);
     Ok(Array2::from_shape_fn((kept, columns), |(i, j)| if i <= j { entries[j * rows + i] } else { 0.0 }))
 }

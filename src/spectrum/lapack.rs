@@ -184,7 +184,7 @@ fn with_workspace(run: &mut impl FnMut(&mut [f64], c_int) -> Result<()>) -> Resu
 }
 
 fn check(routine: &str, info: c_int) -> Result<()> {
-    if info == 0 { Ok(()) } else { Err(Error::world(format!("LAPACK {routine}: info {info}"))) }
+    if info == 0 { Ok(()) } else { Err(Error::environment(format!("LAPACK {routine}: info {info}"))) }
 }
 
 fn int(n: usize) -> Result<c_int> {

@@ -288,7 +288,7 @@ pub fn run_together(options: &Options, job: &Processes, progress: &Progress) -> 
     // The sums that decide are those of the whole.
     let own = Options { gates: Vec::new(), against: None, ..options.clone() };
     let part = run_shard(shard, &own, prepared, progress)?;
-    let json = serde_json::to_vec(&part).map_err(|e| Error::world(e.to_string()))?;
+    let json = serde_json::to_vec(&part).map_err(|e| Error::environment(e.to_string()))?;
     let parts = job.collect(&json)?;
     if !job.is_leader() {
         return Ok(None);

@@ -107,8 +107,9 @@ pub fn singular_values(matrix: &mut [f64], rows: usize, columns: usize) -> Resul
         return Ok(Vec::new());
     }
     let mut view = ArrayViewMut2::from_shape((rows, columns), matrix)
-        .map_err(|e| Error::world(format!("a {rows} x {columns} matrix does not fit its buffer: {e}")))?;
-    let (_, sigma, _) = view.svddc_inplace(JobSvd::None).map_err(|e| Error::world(format!("LAPACK dgesdd: {e}")))?;
+        .map_err(|e| Error::environment(format!("a {rows} x {columns} matrix does not fit its buffer: {e}")))?;
+    let (_, sigma, _) =
+        view.svddc_inplace(JobSvd::None).map_err(|e| Error::environment(format!("LAPACK dgesdd: {e}")))?;
     let mut sigma: Vec<f64> = sigma.iter().map(|s| s.max(0.0)).collect();
     sigma.sort_by(|a, b| b.total_cmp(a));
     Ok(sigma)

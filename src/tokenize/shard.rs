@@ -67,7 +67,7 @@ impl<'a> ShardWriter<'a> {
         let json = json!({"__metadata__": metadata, (tokens::TENSOR): tensor}).to_string();
         if json.len() > self.header {
             let (len, room) = (json.len(), self.header);
-            return Err(Error::world(format!("the header of a token shard takes {len} bytes of {room}")));
+            return Err(Error::environment(format!("the header of a token shard takes {len} bytes of {room}")));
         }
         let header = [&(self.header as u64).to_le_bytes(), json.as_bytes()].concat();
         let path = self.staged.target();

@@ -37,8 +37,8 @@ pub(super) fn check<D: Device>(
     }
     let data = data.iter().map(|(name, hashed)| (name.clone(), hashed.sha256.clone())).collect();
     let own = Facts { config, data, weights: digest(model)?, step };
-    let json = serde_json::to_vec(&own).map_err(|e| Error::world(e.to_string()))?;
-    let read = |bytes: &Vec<u8>| serde_json::from_slice::<Facts>(bytes).map_err(|e| Error::world(e.to_string()));
+    let json = serde_json::to_vec(&own).map_err(|e| Error::environment(e.to_string()))?;
+    let read = |bytes: &Vec<u8>| serde_json::from_slice::<Facts>(bytes).map_err(|e| Error::environment(e.to_string()));
     let all = collective.gather(&json)?.iter().map(read).collect::<Result<Vec<_>>>()?;
     let first = &all[0];
     for (rank, other) in all.iter().enumerate().skip(1) {
@@ -74,7 +74,7 @@ pub(super) fn check_weights<D: Device>(collective: &dyn Collective<D>, model: &M
     let all = collective.gather(digest(model)?.as_bytes())?;
     match all.iter().position(|other| *other != all[0]) {
         None => Ok(()),
-        Some(rank) => Err(Error::world(format!(
+        Some(rank) => Err(Error::environment(format!(
             "{} has other weights than rank 0 after the restart at update {step}",
             collective.name(rank)
         ))

@@ -125,7 +125,7 @@ impl Metrics {
 
     /// Appends one row.
     pub fn write<R: Row>(&mut self, row: &R) -> Result<()> {
-        let value = serde_json::to_value(row).map_err(|e| Error::world(e.to_string()))?;
+        let value = serde_json::to_value(row).map_err(|e| Error::environment(e.to_string()))?;
         let line = format!("{value}\n");
         self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))?;
         let numbers = value.as_object().into_iter().flatten().filter(|(key, _)| *key != "step");

@@ -328,7 +328,7 @@ impl<D: Device> Session<D> {
         if self.interrupted {
             // The first process is still writing.
             self.trainer.collective().barrier()?;
-            return Err(Error::world(format!("interrupted after update {step}; a checkpoint was saved"))
+            return Err(Error::environment(format!("interrupted after update {step}; a checkpoint was saved"))
                 .help(format!("go on with: relora-kit train --resume {}", self.dir.0.display())));
         }
         Ok(())
@@ -559,7 +559,7 @@ fn newest_sound_checkpoint(dir: &RunDir, progress: &Progress) -> Result<Option<P
 }
 
 fn write_manifest(path: &Path, manifest: &Manifest) -> Result<()> {
-    let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::world(e.to_string()))? + "\n";
+    let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::environment(e.to_string()))? + "\n";
     staged::write_file(path, json.as_bytes(), true)
 }
 

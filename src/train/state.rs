@@ -146,7 +146,7 @@ pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result
         low_rank: model.lora().is_some(),
         adam_steps: trainer.optimizer.moments.iter().map(|(name, m)| (name.clone(), m.t)).collect(),
     };
-    let json = serde_json::to_value(&counters).map_err(|e| Error::world(e.to_string()))?;
+    let json = serde_json::to_value(&counters).map_err(|e| Error::environment(e.to_string()))?;
     write_json(&folder.join(COUNTERS), &json)?;
 
     let (mut tensors, mut quantised) = (Vec::new(), Vec::new());
@@ -300,6 +300,6 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
 }
 
 fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(json).map_err(|e| Error::world(e.to_string()))? + "\n";
+    let text = serde_json::to_string_pretty(json).map_err(|e| Error::environment(e.to_string()))? + "\n";
     fs::write(path, text).map_err(|e| Error::io("write", path, e))
 }

@@ -342,7 +342,7 @@ impl<D: Device> Trainer<D> {
         self.model.zero_grad();
         self.step += 1;
         if self.skipped as f64 > (MAX_SKIPPED * t.num_training_steps as f64).max(1.0) {
-            return Err(Error::world(format!(
+            return Err(Error::environment(format!(
                 "step {}: loss is {loss} (grad_norm {grad_norm:.1e}, lr {lr:.1e}, {} updates after the last restart); {} updates were skipped for such values, more than 5% of {}",
                 self.step,
                 self.step - self.cycle_start,

@@ -61,7 +61,7 @@ impl Mpi {
             let _ = tell.send((level >= Threading::Funneled).then(|| (world.rank() as usize, world.size() as usize)));
             jobs.into_iter().for_each(|job| job(&world));
         };
-        let failed = |why: String| Error::world(format!("cannot start MPI: {why}"));
+        let failed = |why: String| Error::environment(format!("cannot start MPI: {why}"));
         let thread = thread::Builder::new().name("mpi".into()).spawn(run).map_err(|e| failed(e.to_string()))?;
         let found = told.recv().ok().flatten();
         let (rank, size) = found.ok_or_else(|| failed("it does not work with threads".into()))?;
@@ -83,7 +83,7 @@ impl Mpi {
         let (mut said, mut listener) = (vec![0u8; LONGEST], None);
         if ranks.is_leader() {
             let own = rendezvous::listen("::", 0)?;
-            let port = own.local_addr().map_err(|e| Error::world(format!("rank 0 has no address: {e}")))?.port();
+            let port = own.local_addr().map_err(|e| Error::environment(format!("rank 0 has no address: {e}")))?.port();
             let mut hosts = vec![rendezvous::host_name()];
             hosts.extend(rendezvous::addresses().iter().map(ToString::to_string));
             let text = format!("{port} {}", hosts.join(" "));
@@ -144,7 +144,7 @@ impl Drop for Mpi {
 
 fn wait_for<T>(answer: &Receiver<T>, waiting: &AtomicUsize) -> Result<T> {
     waiting.fetch_add(1, Ordering::Relaxed);
-    let result = answer.recv().map_err(|_| Error::world("the thread that calls MPI has ended"));
+    let result = answer.recv().map_err(|_| Error::environment("the thread that calls MPI has ended"));
     waiting.fetch_sub(1, Ordering::Relaxed);
     result
 }

@@ -123,7 +123,7 @@ impl Kind {
             }
             Blocks(_) if count == 0 => Ok(Vec::new()),
             Blocks(kind) => unpack(kind, bytes, count)
-                .map_err(|e| Error::world(format!("cannot unpack {count} values of {}: {e}", self.name))),
+                .map_err(|e| Error::environment(format!("cannot unpack {count} values of {}: {e}", self.name))),
         }
     }
 }

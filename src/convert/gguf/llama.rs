@@ -186,7 +186,7 @@ impl Llama {
             "attention_dropout": 0.0,
             "torch_dtype": dtype::torch_name(weights),
         });
-        let object = config.as_object_mut().ok_or_else(|| Error::world("an object was just built"))?;
+        let object = config.as_object_mut().ok_or_else(|| Error::environment("an object was just built"))?;
         if self.family == Family::Llama {
             object.insert("attention_bias".into(), self.attention_bias.into());
             object.insert("mlp_bias".into(), self.mlp_bias.into());

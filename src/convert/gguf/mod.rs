@@ -105,7 +105,7 @@ impl Source for GgufSource {
         }
         for (name, value) in files {
             let path = folder.join(name);
-            let text = serde_json::to_string_pretty(&value).map_err(|e| Error::world(e.to_string()))?;
+            let text = serde_json::to_string_pretty(&value).map_err(|e| Error::environment(e.to_string()))?;
             fs::write(&path, text + "\n").map_err(|e| Error::io("write", &path, e))?;
         }
         Ok(left_out)

@@ -220,7 +220,7 @@ impl Drop for Handle {
 }
 
 pub(super) fn int(extent: usize) -> Result<c_int> {
-    c_int::try_from(extent).map_err(|_| Error::world(format!("cuBLAS cannot take a matrix of extent {extent}")))
+    c_int::try_from(extent).map_err(|_| Error::environment(format!("cuBLAS cannot take a matrix of extent {extent}")))
 }
 
 pub(super) fn check(gpu: &Gpu, what: &str, status: Status) -> Result<()> {

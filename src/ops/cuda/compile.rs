@@ -127,7 +127,7 @@ impl Compiler {
         check("nvrtcVersion", unsafe { nvrtc::nvrtcVersion(major, minor) })?;
         let driver = gpu.driver_version();
         if driver / 1000 < version[0] {
-            return Err(Error::world(format!(
+            return Err(Error::environment(format!(
                 "device '{}' is unavailable: the NVIDIA driver supports CUDA {}, but the run-time compiler that was found is of CUDA {}.{}",
                 gpu.name,
                 dotted(driver),
@@ -149,7 +149,7 @@ impl Compiler {
             Some(known) if known == own => format!("sm_{known}"),
             Some(older) => format!("compute_{older}"),
             None => {
-                return Err(Error::world(format!(
+                return Err(Error::environment(format!(
                     "device '{}' ({}) is unavailable: its compute capability {}.{} is older than what CUDA {}.{} compiles for",
                     gpu.name,
                     gpu.model,
@@ -208,7 +208,7 @@ impl Compiler {
         };
         if result != nvrtcResult::NVRTC_SUCCESS || code.is_empty() {
             let log = String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned();
-            return Err(Error::world(format!(
+            return Err(Error::environment(format!(
                 "the kernels of {name} do not compile for {} with CUDA {}.{} ({result:?}): {log}",
                 self.architecture, self.version[0], self.version[1]
             ))
@@ -256,7 +256,7 @@ unsafe fn output(
 fn check(what: &str, result: nvrtcResult) -> Result<()> {
     match result {
         nvrtcResult::NVRTC_SUCCESS => Ok(()),
-        error => Err(Error::world(format!("CUDA's run-time compiler failed: {what}: {error:?}"))
+        error => Err(Error::environment(format!("CUDA's run-time compiler failed: {what}: {error:?}"))
             .help("check the installation of the CUDA libraries, or pass --device cpu")),
     }
 }

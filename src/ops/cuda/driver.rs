@@ -42,7 +42,7 @@ impl Gpu {
     /// Opens the GPU with this number. The libraries are loaded.
     pub fn open(ordinal: usize) -> Result<Gpu> {
         let name = format!("cuda:{ordinal}");
-        let unavailable = |why: String| Error::world(format!("device '{name}' is unavailable: {why}"));
+        let unavailable = |why: String| Error::environment(format!("device '{name}' is unavailable: {why}"));
         let call = |what: &str, result: CUresult| match result {
             CUresult::CUDA_SUCCESS => Ok(()),
             error => Err(unavailable(format!("{what} failed with {}", describe(error)))
@@ -141,7 +141,7 @@ impl Gpu {
 
     /// The error for work that failed in the middle.
     pub fn failed(&self, why: &str) -> Error {
-        Error::world(format!("device '{}' ({}) failed while it worked: {why}", self.name, self.model)).help(
+        Error::environment(format!("device '{}' ({}) failed while it worked: {why}", self.name, self.model)).help(
             "a run goes on from its last checkpoint with --resume, on this GPU once it works again (see dmesg and nvidia-smi) or with --device cpu",
         )
     }

@@ -195,7 +195,7 @@ pub fn load_nccl(device: &str, folders: &[PathBuf]) -> Result<Library> {
     // SAFETY: NVIDIA's library has no other effect than being loaded.
     unsafe { Library::new(&own) }.map_err(|e| {
         let listed: String = folders.iter().map(|f| format!("'{}', ", f.display())).collect();
-        Error::world(format!(
+        Error::environment(format!(
             "device '{device}' is unavailable to several processes: NVIDIA's library of collectives {NCCL} was not found (looked in {listed}LD_LIBRARY_PATH and the system's folders): {e}"
         ))
         .help("install it (pip install nvidia-nccl-cu12, or your distribution's libnccl2), and name its folder in RELORA_KIT_CUDA_LIBRARIES")
@@ -211,7 +211,7 @@ fn load_these(device: &str, folders: &[PathBuf], needed: &[&Needed]) -> Result<(
         let library = unsafe {
             if !(needed.is_present)() {
                 let listed: String = folders.iter().map(|f| format!("'{}', ", f.display())).collect();
-                return Err(Error::world(format!(
+                return Err(Error::environment(format!(
                     "device '{device}' is unavailable: {} {} was not found (looked in {listed}LD_LIBRARY_PATH and the system's folders)",
                     needed.what, needed.file
                 ))
@@ -222,7 +222,7 @@ fn load_these(device: &str, folders: &[PathBuf], needed: &[&Needed]) -> Result<(
         for symbol in needed.symbols {
             // SAFETY: the symbol is only looked up, not called.
             if unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err() {
-                return Err(Error::world(format!(
+                return Err(Error::environment(format!(
                     "device '{device}' is unavailable: {} ({}) has no function {symbol}",
                     needed.what, needed.file
                 ))
@@ -241,7 +241,7 @@ fn preload(device: &str, folders: &[PathBuf], needed: &[&Needed]) -> Result<()> 
         let Some(path) = folders.iter().find_map(|folder| version(folder, name)) else { continue };
         // SAFETY: the user named this folder as one of CUDA libraries.
         let library = unsafe { Library::new(&path) }.map_err(|e| {
-            Error::world(format!("device '{device}' is unavailable: cannot load '{}': {e}", path.display()))
+            Error::environment(format!("device '{device}' is unavailable: cannot load '{}': {e}", path.display()))
                 .help(format!("the folder comes from {FOLDERS_VARIABLE}"))
         })?;
         loaded.push(library);

@@ -218,7 +218,7 @@ impl Drop for Memory {
 fn out_of_memory(gpu: &Gpu, bytes: usize) -> Result<Error> {
     let (free, total) = gpu.memory()?;
     let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
-    Ok(Error::world(format!(
+    Ok(Error::environment(format!(
         "device '{}' ({}) is out of memory: {} were asked for, {} of {} are free",
         gpu.name,
         gpu.model,

@@ -56,7 +56,7 @@ impl Functions {
             ($name:literal) => {
                 // SAFETY: the type is that of nccl.h; the pointer lives beside the library.
                 *unsafe { library.get($name.as_bytes()) }.map_err(|_| {
-                    Error::world(format!(
+                    Error::environment(format!(
                         "device '{device}' is unavailable: {} has no function {}",
                         libraries::NCCL,
                         $name
@@ -84,7 +84,7 @@ impl Functions {
         }
         // SAFETY: NCCL answers with a string of its own for any number.
         let text = unsafe { CStr::from_ptr((self.get_error_string)(result)) }.to_string_lossy();
-        Err(Error::world(format!("device '{}' ({}): {what} failed: {text}", gpu.name, gpu.model))
+        Err(Error::environment(format!("device '{}' ({}): {what} failed: {text}", gpu.name, gpu.model))
             .help("NCCL_DEBUG=WARN in the environment says more; a run goes on from its last checkpoint with --resume"))
     }
 }

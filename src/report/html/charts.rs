@@ -189,5 +189,5 @@ fn themed(svg: &str) -> String {
 }
 
 fn failed(e: impl std::fmt::Display) -> Error {
-    Error::world(format!("cannot draw a figure: {e}"))
+    Error::environment(format!("cannot draw a figure: {e}"))
 }

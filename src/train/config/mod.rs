@@ -399,7 +399,7 @@ impl Config {
 
     /// The file that a run keeps.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self).map_err(|e| Error::world(format!("cannot write the configuration: {e}")))
+        toml::to_string_pretty(self).map_err(|e| Error::environment(format!("cannot write the configuration: {e}")))
     }
 
     /// Updates before the mode's own training: those of the warm start, or of the model that was warmed up before.
