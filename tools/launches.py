@@ -2,7 +2,7 @@
 """Prints the table of docs/gpu.md: how long asking a GPU for one pass takes, and how long computing it.
 
 Pipe `relora-kit train --plan llama_9m,llama_35m,llama_130m,llama_350m,llama_1b --set relora.lora_r=128 --format json` into it.
-tests/cuda_train.rs counts the requests.
+tests/cuda/train.rs counts the requests.
 """
 
 import json

@@ -93,7 +93,9 @@ pub fn program(name: &str) -> PathBuf {
         f.extension().is_none() && f.file_name().unwrap().to_str().is_some_and(|name| name.starts_with(&prefix))
     });
     let newest = programs.max_by_key(|f| fs::metadata(f).unwrap().modified().unwrap());
-    newest.unwrap_or_else(|| panic!("tests/{name}.rs is not built: run cargo test without --test, or that test before"))
+    newest.unwrap_or_else(|| {
+        panic!("the test program {name} is not built: run `cargo test --no-run --test {name}` first")
+    })
 }
 
 /// A test for any device, run on the CPU and on the double's GPU: `name::cpu` and `name::cuda`.
@@ -114,7 +116,7 @@ macro_rules! on_both_devices {
             #[test]
             #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
             fn cuda() {
-                check(common::cuda_double::cuda().clone());
+                check($crate::common::cuda_double::cuda().clone());
             }
         }
     };

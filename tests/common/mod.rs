@@ -1,11 +1,14 @@
 //! What the tests of the commands share.
 #![allow(dead_code, missing_docs)]
 
+pub mod autograd;
 pub mod cuda_double;
 pub mod entry_points;
+pub mod fixtures;
 pub mod processes;
 pub mod small_merge;
 pub mod small_run;
+pub mod synthetic_run;
 pub mod workshop;
 
 use assert_cmd::Command;

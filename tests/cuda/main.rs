@@ -1,0 +1,11 @@
+//! Training on the CUDA test double, and the programs that check the GPU code.
+#![allow(missing_docs)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod cli;
+mod gpu_check;
+mod mutations;
+mod nccl;
+mod train;

@@ -1,0 +1,17 @@
+//! `merge` and `extract`: the commands, reference values, properties.
+#![allow(missing_docs)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod cli;
+mod cuda;
+mod delta;
+mod extract;
+mod golden;
+mod memory;
+mod oracle;
+mod parts;
+mod prop;
+mod report;
+mod stop;

@@ -1,0 +1,16 @@
+//! `tokenize`, `train`, `generate` and `verify`: the commands, reference trajectories.
+#![allow(missing_docs)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod cli;
+mod cuda;
+mod generate;
+mod golden;
+mod options;
+mod oracle;
+mod quickstart_gate;
+mod ranks;
+mod tokenize;
+mod verify;
