@@ -1,5 +1,6 @@
 //! One error type for the whole crate: a sentence, a hint, and who must act.
 
+use crate::escape;
 use std::{fmt, io, path::Path};
 
 /// Shorthand used by every module.
@@ -47,7 +48,19 @@ impl Error {
     /// A missing input is an error of the request, everything else an environment error.
     pub fn io(action: &str, path: &Path, source: io::Error) -> Self {
         let message = format!("cannot {action} '{}': {source}", path.display());
+        // The kernel could not read what was to be written: the mapping of an input.
+        if source.raw_os_error() == Some(libc::EFAULT) {
+            return Error::environment(format!(
+                "cannot {action} '{}': an input was cut short, or its disk failed, while it was read",
+                path.display()
+            ))
+            .help("run again when nothing writes to the inputs, and check the disk");
+        }
         match source.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                let message = format!("cannot {action} '{}': it ends too early; it was cut short", path.display());
+                Error::environment(message).help("run again when nothing writes to it, or download it again")
+            }
             io::ErrorKind::NotFound => Error::request(message).help("check the path"),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
                 Error::environment(message)
@@ -82,7 +95,8 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        // Names in it come from files: they must not control a terminal or forge lines.
+        f.write_str(&escape::line(&self.message))
     }
 }
 

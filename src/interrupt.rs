@@ -1,10 +1,30 @@
-//! Signals. Ctrl-C and SIGTERM: the first asks the running command to stop at the next safe point, the second ends the
-//! process. SIGXFSZ (a file reached the limit of its size) is an error of that write instead of the end.
+//! Signals.
+//!
+//! Ctrl-C, SIGTERM and SIGHUP: a command that has something to save (training, or work together with other processes)
+//! declares it with [`defer`], and the first signal asks it to stop at the next safe point. Every other command ends at the
+//! first signal; the second ends every command. SIGXFSZ (a file reached the limit of its size) is an error of that write
+//! instead of the end. SIGBUS (a mapped input was cut short, or its disk failed) ends the command with a sentence.
+//!
+//! However the process ends here, temporary siblings of its outputs are removed first, and exit code 3 is given.
 
-use crate::error::{Error, Result};
-use std::sync::atomic::{AtomicBool, Ordering};
+use crate::{
+    error::{Error, Result},
+    inputs, staged,
+};
+use std::{
+    os::fd::{AsRawFd, IntoRawFd},
+    sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering},
+    time::Duration,
+};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
+/// Commands, or parts of them, that stop at a safe point of their own.
+static DEFERRED: AtomicUsize = AtomicUsize::new(0);
+/// Of these, how many may take as long as they like.
+static UNLIMITED: AtomicUsize = AtomicUsize::new(0);
+
+/// Time for work together with other processes to come to its safe point.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Installs the handlers. Call once, at start.
 pub fn install() {
@@ -12,10 +32,52 @@ pub fn install() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // A second handler cannot be installed; then the default one (the process ends) stays, which is safe.
     let _ = ctrlc::set_handler(|| {
-        if REQUESTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(3);
+        let again = REQUESTED.swap(true, Ordering::SeqCst);
+        if again || DEFERRED.load(Ordering::SeqCst) == 0 {
+            end("error: interrupted\n");
+        }
+        if UNLIMITED.load(Ordering::SeqCst) == 0 {
+            std::thread::spawn(|| {
+                std::thread::sleep(GRACE);
+                end("error: interrupted; no safe point was reached in time\n");
+            });
         }
     });
+    bus_error::install();
+}
+
+/// Removes temporary siblings and ends the process. Other threads may be anywhere: nothing of theirs is waited for.
+fn end(message: &str) -> ! {
+    say(message);
+    staged::abandon_all();
+    // SAFETY: `_exit` takes no pointer and runs nothing of the process.
+    unsafe { libc::_exit(3) }
+}
+
+/// Past the buffers and locks of the standard library.
+fn say(message: &str) {
+    // SAFETY: the pointer and length are of one live string. What cannot be written is lost, as it must be.
+    unsafe { libc::write(2, message.as_ptr().cast(), message.len()) };
+}
+
+/// Declares, as long as it lives, that the command comes to a safe point of its own after the first signal.
+#[must_use]
+pub struct Deferred {
+    unlimited: bool,
+}
+
+/// See [`Deferred`]. `unlimited`: saving may take any time; otherwise the process ends some seconds after the signal.
+pub fn defer(unlimited: bool) -> Deferred {
+    DEFERRED.fetch_add(1, Ordering::SeqCst);
+    UNLIMITED.fetch_add(usize::from(unlimited), Ordering::SeqCst);
+    Deferred { unlimited }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        UNLIMITED.fetch_sub(usize::from(self.unlimited), Ordering::SeqCst);
+        DEFERRED.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Whether the user asked to stop.
@@ -26,4 +88,61 @@ pub fn requested() -> bool {
 /// An error if the user asked to stop. Call between pieces of work; staged outputs clean up as they are dropped.
 pub fn check() -> Result<()> {
     if requested() { Err(Error::interrupted()) } else { Ok(()) }
+}
+
+/// SIGBUS: the handler only hands the address to a thread and waits; the thread finds the file, reports it and ends the
+/// process. An address in no mapped input gets the system's default action, as without a handler.
+mod bus_error {
+    use super::*;
+    use crate::escape;
+
+    /// The writing end of the pipe to the thread.
+    static PIPE: AtomicI32 = AtomicI32::new(-1);
+    /// Set by the thread when the fault was none of ours and the default action stands again.
+    static DEFAULT: AtomicBool = AtomicBool::new(false);
+
+    pub(super) fn install() {
+        let Ok((mut reader, writer)) = std::io::pipe() else { return };
+        debug_assert!(reader.as_raw_fd() >= 0);
+        PIPE.store(writer.into_raw_fd(), Ordering::SeqCst);
+        let watch = move || {
+            let mut address = [0; size_of::<usize>()];
+            while std::io::Read::read_exact(&mut reader, &mut address).is_ok() {
+                if let Some(path) = inputs::mapped_at(usize::from_ne_bytes(address)) {
+                    super::end(&format!(
+                        "error: '{}' was cut short, or its disk failed, while it was read; nothing was written\n\
+                         help: run again when nothing writes to the inputs, and check the disk\n",
+                        escape::path(&path)
+                    ));
+                }
+                // SAFETY: the default action runs no code of ours.
+                unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+                DEFAULT.store(true, Ordering::SeqCst);
+            }
+        };
+        if std::thread::Builder::new().name("bus-error".into()).spawn(watch).is_err() {
+            return;
+        }
+        // SAFETY: the structure is initialised as sigaction(2) asks; the handler does only what signal-safety(7) allows.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_bus_error as extern "C" fn(_, _, _) as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigemptyset(&mut action.sa_mask);
+            libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+        }
+    }
+
+    /// Returns only to meet the default action: the faulting instruction runs again.
+    extern "C" fn on_bus_error(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+        // SAFETY: the kernel passes a valid structure to a handler with SA_SIGINFO; `write` and `poll` may be called in
+        // one, on a descriptor that is never closed and on no descriptors.
+        unsafe {
+            let address = ((*info).si_addr() as usize).to_ne_bytes();
+            libc::write(PIPE.load(Ordering::SeqCst), address.as_ptr().cast(), address.len());
+            while !DEFAULT.load(Ordering::SeqCst) {
+                libc::poll(std::ptr::null_mut(), 0, 10);
+            }
+        }
+    }
 }

@@ -3,6 +3,8 @@
 //! The modules in the order of the data path:
 
 pub mod error;
+pub mod escape;
+pub mod inputs;
 pub mod interrupt;
 pub mod progress;
 pub mod shard;

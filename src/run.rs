@@ -10,15 +10,21 @@
 //! run/checkpoints/step-N/    a Hugging Face checkpoint, and beside it the state that resuming needs
 //! ```
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    inputs,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs,
     io::Read,
     path::{Path, PathBuf},
 };
+
+/// Bytes of the largest manifest that is read.
+const MAX_MANIFEST: u64 = 100_000_000;
 
 /// `run/manifest.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -156,8 +162,10 @@ impl RunDir {
     /// Reads and checks the manifest.
     pub fn manifest(&self) -> Result<Manifest> {
         let path = self.manifest_path();
-        let bytes = fs::read(&path)
-            .map_err(|e| Error::io("read", &path, e).help("name a folder written by `relora-kit train`"))?;
+        let bytes = inputs::read(&path, MAX_MANIFEST).map_err(|e| match e.kind {
+            Kind::Request => e.help("name a folder written by `relora-kit train`"),
+            Kind::Environment => e,
+        })?;
         let manifest: Manifest = serde_json::from_slice(&bytes)
             .map_err(|e| Error::request(format!("'{}' is not a run manifest: {e}", path.display())))?;
         if manifest.schema != 1 {
@@ -170,7 +178,7 @@ impl RunDir {
 
 /// Hexadecimal sha256 of a file's content.
 pub fn sha256_file(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let mut file = inputs::open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {

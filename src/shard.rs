@@ -1,9 +1,12 @@
 //! Work shared out over the jobs of an array: which pieces are whose follows from their costs alone, so that jobs that
 //! never talk to each other agree.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    inputs,
+};
 use sha2::{Digest, Sha256};
-use std::{cmp::Reverse, fmt, fs::File, os::unix::fs::FileExt, path::Path, str::FromStr};
+use std::{cmp::Reverse, fmt, os::unix::fs::FileExt, path::Path, str::FromStr};
 
 /// One job of several, written `i/n`: the i-th of n, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +93,7 @@ const SAMPLES: u64 = 32;
 /// same checkpoint shows without reading it all.
 pub fn digest(path: &Path) -> Result<String> {
     let read = |e| Error::io("read", path, e);
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let file = inputs::open(path)?;
     let len = file.metadata().map_err(read)?.len();
     let mut hasher = Sha256::new_with_prefix(len.to_le_bytes());
     let mut sample = |from: u64, to: u64| {

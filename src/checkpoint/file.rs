@@ -4,7 +4,10 @@ use super::{
     dtype,
     header::{Header, TensorInfo},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    inputs::{self, Watched},
+};
 use memmap2::Mmap;
 use safetensors::Dtype;
 use std::{
@@ -18,21 +21,20 @@ use std::{
 pub struct TensorFile {
     path: PathBuf,
     header: Header,
-    map: Mmap,
+    map: Map,
     file: File,
 }
 
 /// A mapped file of any format.
 pub struct MappedFile {
     path: PathBuf,
-    map: Mmap,
+    map: Map,
 }
 
 impl MappedFile {
     /// Maps `path`.
     pub fn open(path: &Path) -> Result<MappedFile> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        Ok(MappedFile { path: path.to_owned(), map: map(&file, path)? })
+        Ok(MappedFile { path: path.to_owned(), map: Map::new(&inputs::open(path)?, path)? })
     }
 
     /// Where the file is.
@@ -42,30 +44,43 @@ impl MappedFile {
 
     /// Its content.
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        &self.map.bytes
     }
 }
 
-fn map(file: &File, path: &Path) -> Result<Mmap> {
-    // SAFETY: the map is read-only and private to its owner. The promise that nobody truncates or rewrites the file
-    // while it is mapped is the user's; our own writers keep it by never writing in place (see `staged`).
-    unsafe { Mmap::map(file) }.map_err(|e| Error::io("map", path, e))
+/// A read-only mapping of a file that is watched as long as it lives.
+struct Map {
+    bytes: Mmap,
+    _watched: Watched,
+}
+
+impl Map {
+    fn new(file: &File, path: &Path) -> Result<Map> {
+        // Before the mapping: what changes from here on is noticed.
+        let watched = Watched::new(file, path)?;
+        // SAFETY: the map is read-only and private to its owner. Our own writers never write in place (see `staged`). A
+        // file that others cut short raises SIGBUS, which ends the process (`interrupt`); one that they rewrite changes
+        // the bytes under us: these are numbers of any value and checked offsets, read through no reference to a type
+        // with invalid values, and the result is withheld (`inputs::check_unchanged`).
+        let bytes = unsafe { Mmap::map(file) }.map_err(|e| Error::io("map", path, e))?;
+        watched.mapped(&bytes);
+        Ok(Map { bytes, _watched: watched })
+    }
 }
 
 impl TensorFile {
     /// Maps `path` and checks its header.
     pub fn open(path: &Path) -> Result<TensorFile> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        if file.metadata().map_err(|e| Error::io("read", path, e))?.is_dir() {
+        if path.is_dir() {
             return Err(Error::request(format!("'{}' is a folder, expected a safetensors file", path.display())));
         }
-        Self::from_file(file, path)
+        Self::from_file(inputs::open(path)?, path)
     }
 
     /// Maps an open file and checks its header; errors call it `path`.
     pub fn from_file(file: File, path: &Path) -> Result<TensorFile> {
-        let map = map(&file, path)?;
-        let header = Header::parse(path, &map)?;
+        let map = Map::new(&file, path)?;
+        let header = Header::parse(path, &map.bytes)?;
         Ok(TensorFile { path: path.to_owned(), header, map, file })
     }
 
@@ -86,7 +101,7 @@ impl TensorFile {
 
     /// Bytes of the file.
     pub fn len(&self) -> u64 {
-        self.map.len() as u64
+        self.map.bytes.len() as u64
     }
 
     /// Whether the file holds no tensors.
@@ -152,7 +167,7 @@ impl<'a> Tensor<'a> {
 
     /// Stored bytes, little endian, row-major.
     pub fn bytes(&self) -> &'a [u8] {
-        &self.file.map[self.info.begin as usize..self.info.end as usize]
+        &self.file.map.bytes[self.info.begin as usize..self.info.end as usize]
     }
 
     /// `(rows, columns)`, or an error that names the tensor.

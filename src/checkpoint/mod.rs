@@ -18,11 +18,12 @@ pub use reader::{READ, Reader};
 pub use select::{Filter, natural_key};
 pub use writer::{FileSpecs, TensorSpec, Writer};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    inputs,
+};
 use std::{
     collections::HashMap,
-    fs::File,
-    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -31,13 +32,7 @@ const MAX_TEXT: u64 = 100_000_000;
 
 /// Reads a configuration or an index whole; a file that is too large for one is refused before it fills the memory.
 pub fn read_text(path: &Path) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_TEXT + 1).read_to_end(&mut bytes));
-    read.map_err(|e| Error::io("read", path, e))?;
-    if bytes.len() as u64 > MAX_TEXT {
-        return Err(Error::request(format!("'{}' is larger than {MAX_TEXT} bytes, expected a text", path.display())));
-    }
-    Ok(bytes)
+    inputs::read(path, MAX_TEXT)
 }
 
 /// The name Hugging Face gives a model in one file.

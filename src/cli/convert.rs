@@ -51,7 +51,7 @@ impl Args {
             force: self.force,
         };
         let result = convert::run(&options, progress)?;
-        report::emit(&result, self.format, None, false)?;
+        report::emit(&result, self.format, None)?;
         Ok(Outcome::Yes)
     }
 }

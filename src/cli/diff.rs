@@ -1,7 +1,7 @@
 //! `relora-kit diff`
 
 use super::{Outcome, Output};
-use crate::{checkpoint::Filter, diff, error::Result, progress::Progress, report, staged};
+use crate::{checkpoint::Filter, diff, error::Result, inputs::Inputs, progress::Progress, report};
 use std::path::PathBuf;
 
 /// Compare two checkpoints, tensor by tensor
@@ -37,14 +37,11 @@ pub struct Args {
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
-        let output = &self.output;
-        if let Some(path) = &output.output {
-            staged::refuse_existing(path, output.force)?;
-        }
+        let target = self.output.target(&Inputs::of([&self.a, &self.b]))?;
         let filter = Filter::new(&self.filter)?;
         let options = diff::Options { a: self.a, b: self.b, filter, atol: self.atol, rtol: self.rtol };
         let result = diff::run(&options, progress)?;
-        report::emit(&result, output.format, output.output.as_deref(), output.force)?;
+        report::emit(&result, self.output.format, target)?;
         Ok(if result.equal { Outcome::Yes } else { Outcome::No })
     }
 }

@@ -5,6 +5,7 @@ use crate::{
     checkpoint::Checkpoint,
     collective::Alone,
     error::{Error, Result},
+    inputs::Inputs,
     model::Model,
     ops::{Cpu, Device},
     progress::Progress,
@@ -53,6 +54,7 @@ impl Args {
     }
 
     fn run_on<D: Device>(&self, device: D, progress: &Progress) -> Result<Outcome> {
+        let target = self.output.target(&Inputs::of([&self.model, &self.data]))?;
         let shard = TokenShard::open(&self.data)?;
         shard.check_tokenizer(&self.model)?;
         let mut model = Model::load(device, &Checkpoint::open(&self.model)?)?;
@@ -77,7 +79,7 @@ impl Args {
         let limit = self.max_predictions.unwrap_or(u64::MAX);
         let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &Alone, &bar)?;
         bar.finish_and_clear();
-        report::emit(&result, self.output.format, self.output.output.as_deref(), self.output.force)?;
+        report::emit(&result, self.output.format, target)?;
         Ok(Outcome::Yes)
     }
 }

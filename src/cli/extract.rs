@@ -67,7 +67,7 @@ impl Args {
             force: self.force,
         };
         let result = extract::run(&options, progress)?;
-        report::emit(&result, self.format, None, false)?;
+        report::emit(&result, self.format, None)?;
         Ok(Outcome::Yes)
     }
 }

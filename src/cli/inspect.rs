@@ -1,7 +1,7 @@
 //! `relora-kit inspect`
 
 use super::{Outcome, Output};
-use crate::{checkpoint::Filter, error::Result, inspect, progress::Progress, report, staged};
+use crate::{checkpoint::Filter, error::Result, inputs::Inputs, inspect, progress::Progress, report};
 use std::path::PathBuf;
 
 /// What is in a checkpoint or an adapter: tensors, shapes, dtypes, bytes, metadata
@@ -34,14 +34,11 @@ pub struct Args {
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
-        let output = &self.output;
-        if let Some(path) = &output.output {
-            staged::refuse_existing(path, output.force)?;
-        }
+        let target = self.output.target(&Inputs::of([&self.checkpoint]))?;
         let filter = Filter::new(&self.filter)?;
         let options = inspect::Options { path: self.checkpoint, filter, stats: self.stats, tree: self.tree };
         let inspection = inspect::run(&options, progress)?;
-        report::emit(&inspection, output.format, output.output.as_deref(), output.force)?;
+        report::emit(&inspection, self.output.format, target)?;
         Ok(Outcome::Yes)
     }
 }

@@ -124,7 +124,7 @@ impl Args {
             (None, None) => Some(merge::run(&options, progress)?),
         };
         if let Some(result) = result {
-            report::emit(&result, self.format, None, false)?;
+            report::emit(&result, self.format, None)?;
         }
         Ok(Outcome::Yes)
     }

@@ -16,10 +16,12 @@ mod verify;
 
 use crate::{
     error::Error,
+    inputs::Inputs,
     interrupt,
     ops::{Cuda, CudaOptions},
     progress::Progress,
     report::Format,
+    staged::Target,
 };
 use clap::{Args, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::{
@@ -86,6 +88,13 @@ pub struct Output {
     /// Replace FILE if it exists
     #[arg(long, help_heading = "Output")]
     pub force: bool,
+}
+
+impl Output {
+    /// The file of `--output`, checked against all files and folders that the command reads. `-` is stdout.
+    fn target(&self, inputs: &Inputs) -> Result<Option<Target>, Error> {
+        self.output.as_ref().map(|path| Target::text(path, self.force, inputs)).transpose()
+    }
 }
 
 #[derive(Subcommand)]

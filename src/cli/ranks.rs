@@ -4,8 +4,10 @@ use super::{DeviceChoice, Outcome, report_error};
 use crate::{
     collective::{Ending, JOIN_VARIABLE, Job, Ranks, join_limit},
     error::{Error, Result},
+    interrupt,
     ops::Cuda,
     progress::Progress,
+    staged,
 };
 use std::{
     io::{self, Write},
@@ -20,6 +22,8 @@ pub(super) fn run(
     work: impl FnOnce(Option<&Arc<Job>>, &Progress) -> Result<Outcome>,
 ) -> Result<Outcome> {
     let Some(job) = join(after, progress)? else { return work(None, progress) };
+    // The others must hear of it before this one ends.
+    let _deferred = interrupt::defer(false);
     let shown = if job.is_leader() { progress.clone() } else { Progress::hidden() };
     let error = match work(Some(&job), &shown).and_then(|outcome| job.finish().map(|()| outcome)) {
         Ok(outcome) => return Ok(outcome),
@@ -61,6 +65,7 @@ fn join(after: Option<String>, progress: &Progress) -> Result<Option<Arc<Job>>> 
 /// Ends this process at once: what waits in a library for the other processes would keep it.
 fn leave(code: u8) -> ! {
     let _ = io::stdout().flush();
+    staged::abandon_all();
     // SAFETY: nothing runs after it.
     unsafe { libc::_exit(code.into()) }
 }

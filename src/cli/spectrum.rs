@@ -4,12 +4,13 @@ use super::{DeviceChoice, Outcome, Output, parse_device, ranks};
 use crate::{
     collective::Job,
     error::{Error, Result},
+    inputs::Inputs,
     ops::CudaOptions,
     progress::Progress,
     report::{self, Format, spectrum::SpectrumReport},
     shard::Shard,
     spectrum::{self, Gate, Labelled, Method, Options, Request},
-    staged,
+    staged::{self, Target},
 };
 use std::{path::PathBuf, sync::Arc};
 
@@ -111,9 +112,6 @@ pub struct Args {
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         let output = &self.output;
-        for path in output.output.iter().chain(&self.report) {
-            staged::refuse_existing(path, output.force)?;
-        }
         if self.shard.is_some() && matches!(output.format, Format::Csv | Format::Markdown) {
             return Err(Error::request("a part of a spectrum is written as JSON")
                 .help("leave out --format; --combine prints every format"));
@@ -128,8 +126,22 @@ impl Args {
         ranks::run(None, progress, |job, progress| self.measure(job, progress))
     }
 
+    /// Where the result and the page go.
+    fn targets(&self, options: &Options) -> Result<(Option<Target>, Option<Target>)> {
+        let mut inputs = Inputs::of(self.combine.iter().chain(&self.against));
+        for request in &options.requests {
+            match request {
+                Request::Checkpoints { base, tuned } => inputs.extend([base, &tuned.path]),
+                Request::Adapter(source) | Request::Run(source) => inputs.extend([&source.path]),
+            }
+        }
+        let page = self.report.as_ref().map(|path| Target::text(path, self.output.force, &inputs)).transpose()?;
+        Ok((self.output.target(&inputs)?, page))
+    }
+
     fn measure(&self, job: Option<&Arc<Job>>, progress: &Progress) -> Result<Outcome> {
         let (output, options) = (&self.output, self.options(job)?);
+        let (target, page) = self.targets(&options)?;
         let mut spectrum = match (self.combine.is_empty(), job) {
             (false, _) => spectrum::combine(&self.combine, &options)?,
             (true, None) => spectrum::run(&options, progress)?,
@@ -138,8 +150,9 @@ impl Args {
                 None => return Ok(Outcome::Yes),
             },
         };
-        if let Some(path) = &self.report {
-            staged::write_file(path, report::html::page(&spectrum)?.as_bytes(), output.force)?;
+        if let Some(page) = page {
+            let path = page.path().to_owned();
+            staged::write_text(page, &report::html::page(&spectrum)?)?;
             progress.info(&format!("wrote '{}'", path.display()));
             if !self.sigma {
                 spectrum.forget_sigma();
@@ -147,7 +160,7 @@ impl Args {
         }
         let shown = SpectrumReport { spectrum: &spectrum, wide: output.format == Format::Csv };
         let format = if self.shard.is_some() { Format::Json } else { output.format };
-        report::emit(&shown, format, output.output.as_deref(), output.force)?;
+        report::emit(&shown, format, target)?;
         Ok(if spectrum.passed() { Outcome::Yes } else { Outcome::No })
     }
 

@@ -64,7 +64,7 @@ impl Args {
             force: self.force,
         };
         let tokenizer = tokenize::Tokenizer::load(&self.tokenizer, self.end_of_document.as_deref())?;
-        report::emit(&tokenize::run(&options, &tokenizer, progress)?, self.format, None, false)?;
+        report::emit(&tokenize::run(&options, &tokenizer, progress)?, self.format, None)?;
         Ok(Outcome::Yes)
     }
 }

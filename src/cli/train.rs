@@ -102,7 +102,7 @@ enum CollectiveChoice {
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         if let Some(presets) = &self.plan {
-            report::emit(&self.plan(presets)?, self.format, None, false)?;
+            report::emit(&self.plan(presets)?, self.format, None)?;
             return Ok(Outcome::Yes);
         }
         let run = self.resume.as_ref().or(self.output.as_ref());
@@ -116,7 +116,7 @@ impl Args {
                 Some(job) => self.train_together(job, progress)?.filter(|_| job.is_leader()),
             };
             if let Some(summary) = summary {
-                report::emit(&summary, self.format, None, false)?;
+                report::emit(&summary, self.format, None)?;
             }
             Ok(Outcome::Yes)
         })
@@ -183,7 +183,7 @@ impl Args {
         if let Some(summary) = summary.as_mut().filter(|_| leads) {
             summary.operations = device.operations();
             let trace = device.trace().to_string();
-            staged::write_file(&summary.run.join("profile.json"), trace.as_bytes(), true)?;
+            staged::write_own(&summary.run.join("profile.json"), trace.as_bytes())?;
         }
         Ok(summary)
     }

@@ -1,7 +1,7 @@
 //! `relora-kit verify`
 
 use super::{Outcome, Output};
-use crate::{error::Result, progress::Progress, report, staged, verify};
+use crate::{error::Result, inputs::Inputs, progress::Progress, report, verify};
 use std::path::PathBuf;
 
 /// Recompute what a run claims
@@ -23,12 +23,9 @@ pub struct Args {
 
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
-        let output = &self.output;
-        if let Some(path) = &output.output {
-            staged::refuse_existing(path, output.force)?;
-        }
+        let target = self.output.target(&Inputs::of([&self.run]))?;
         let result = verify::run(&self.run, progress)?;
-        report::emit(&result, output.format, output.output.as_deref(), output.force)?;
+        report::emit(&result, self.output.format, target)?;
         Ok(if result.verified { Outcome::Yes } else { Outcome::No })
     }
 }

@@ -6,9 +6,10 @@ mod pytorch;
 use crate::{
     checkpoint::{Dtype, TensorSpec, Writer},
     error::{Error, Result},
+    inputs::Inputs,
     interrupt,
     progress::Progress,
-    staged::{self, StagedDir},
+    staged::{Holds, StagedDir, Target},
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -103,10 +104,11 @@ pub struct ConvertedTensor {
 
 /// Converts. On success the output folder is complete; on an error, or when interrupted, nothing is left behind.
 pub fn run(options: &Options, progress: &Progress) -> Result<ConvertReport> {
-    staged::refuse_existing(&options.output, options.force)?;
+    let inputs = Inputs::of([&options.input]);
+    let target = Target::folder(&options.output, Holds::Checkpoint, options.force, &inputs)?;
     let source = open(options)?;
     let specs: Vec<_> = source.tensors().iter().map(|t| t.spec.clone()).collect();
-    let staged = StagedDir::create(&options.output, options.force)?;
+    let staged = StagedDir::create(target)?;
     let left_out = source.companions(staged.path(), progress)?;
     let metadata = BTreeMap::from([
         // What `transformers` insists on.

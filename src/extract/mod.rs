@@ -12,9 +12,10 @@ use crate::{
     adapter::{AdapterConfig, FullTensor, NewModule, save_with},
     checkpoint::{Checkpoint, Filter, Tensor},
     error::{Error, Result},
+    inputs::Inputs,
     interrupt,
     progress::Progress,
-    staged::{self, StagedDir},
+    staged::{Holds, StagedDir, Target},
     threads,
 };
 use factor::Factors;
@@ -56,7 +57,8 @@ pub struct Options {
 
 /// Extracts. On success the adapter is complete; on an error, or when interrupted, nothing is left behind.
 pub fn run(options: &Options, progress: &Progress) -> Result<ExtractReport> {
-    staged::refuse_existing(&options.output, options.force)?;
+    let inputs = Inputs::of([&options.base, &options.tuned]);
+    let target = Target::folder(&options.output, Holds::Adapter, options.force, &inputs)?;
     match options.size {
         Size::Rank(0) => return Err(Error::request("rank 0 holds nothing, expected at least 1")),
         Size::Energy(share) if !(share > 0.0 && share <= 1.0) => {
@@ -69,7 +71,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ExtractReport> {
     }
     let (base, tuned) = (Checkpoint::open(&options.base)?, Checkpoint::open(&options.tuned)?);
     let plan = Plan::new(&base, &tuned, options)?;
-    let staged = StagedDir::create(&options.output, options.force)?;
+    let staged = StagedDir::create(target)?;
     let factors = factors(&plan, options.size, progress)?;
     let rest = norms(&plan.rest)?;
     write(&plan, &factors, options, staged.path())?;

@@ -32,15 +32,15 @@ use crate::{
     checkpoint::{Checkpoint, Dtype, Writer},
     collective::Job,
     error::{Error, Result},
+    inputs::Inputs,
     ops::{CudaOptions, Products},
     progress::Progress,
     shard::Shard,
-    staged::{self, StagedDir},
+    staged::{Holds, StagedDir, Target},
 };
 use device::Gpu;
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
 };
 
@@ -73,24 +73,33 @@ pub struct Options {
     pub gpu: Option<CudaOptions>,
 }
 
+impl Options {
+    /// The output, checked against everything that is read.
+    fn target(&self) -> Result<Target> {
+        Target::folder(&self.output, Holds::Checkpoint, self.force, &self.inputs())
+    }
+
+    fn inputs(&self) -> Inputs {
+        Inputs::of(std::iter::once(&self.base).chain(self.adapters.iter().map(|(path, _)| path)))
+    }
+}
+
 /// Merges. On success the output folder is complete; on an error, or when interrupted, nothing is left behind.
 pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
-    if !options.dry_run {
-        staged::refuse_existing(&options.output, options.force)?;
-    }
+    let target = if options.dry_run { None } else { Some(options.target()?) };
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     let gpu = open_gpu(options, progress)?;
-    if options.dry_run {
+    let Some(target) = target else {
         let specs = plan.specs();
         let files = Writer::files(&specs, options.max_shard_size);
         let mut report = result::report(options, &plan, gpu.as_ref(), &files, &[]);
         report.estimate = Some(Estimate::new(&plan, options.rounding, gpu.as_ref())?);
         return Ok(report);
-    }
-    let staged = StagedDir::create(&options.output, options.force)?;
+    };
+    let staged = StagedDir::create(target)?;
     if let Some(folder) = base.folder() {
         companions::copy(folder, staged.path(), &plan.config)?;
     }
@@ -108,7 +117,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
 /// Merges one job's share of the output's files into `OUT.parts/I-of-N/`, which is complete or absent. The report covers
 /// the tensors of these files. [`combine`] makes the output when all jobs are done.
 pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result<MergeReport> {
-    staged::refuse_existing(&options.output, options.force)?;
+    options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
@@ -120,7 +129,7 @@ pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result
 
 /// Makes the output of all parts that [`run_shard`] wrote with the same options: the bytes that [`run`] writes.
 pub fn combine(options: &Options, progress: &Progress) -> Result<MergeReport> {
-    staged::refuse_existing(&options.output, options.force)?;
+    options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
     let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
@@ -135,11 +144,9 @@ pub fn run_together(options: &Options, job: &Job, progress: &Progress) -> Result
         if options.dry_run {
             return run(options, progress).map(Some);
         }
-        staged::refuse_existing(&options.output, options.force)?;
+        options.target()?;
         // Of processes that died.
-        if parts.symlink_metadata().is_ok() {
-            fs::remove_dir_all(&parts).map_err(|e| Error::io("remove", &parts, e))?;
-        }
+        part::remove(&parts)?;
     } else if options.dry_run {
         return Ok(None);
     }
@@ -147,7 +154,7 @@ pub fn run_together(options: &Options, job: &Job, progress: &Progress) -> Result
     let whole = write_together(&parts, options, job, progress);
     if job.is_leader() && whole.is_err() {
         // What others have written by now is of no use.
-        let _ = fs::remove_dir_all(&parts);
+        let _ = part::remove(&parts);
     }
     whole
 }

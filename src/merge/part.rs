@@ -19,7 +19,7 @@ use crate::{
     interrupt,
     progress::Progress,
     shard::{self, Shard},
-    staged::StagedDir,
+    staged::{self, Holds, StagedDir, Target},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -92,7 +92,7 @@ pub(super) fn run(
     };
     plan.outputs.retain(|o| mine.contains(o.spec.name.as_str()));
     let folder = parts.join(format!("{}-of-{}", shard.index, shard.count));
-    let staged = StagedDir::create(&folder, options.force)?;
+    let staged = StagedDir::create(Target::folder(&folder, Holds::Part, options.force, &options.inputs())?)?;
     let writer = Writer::create_files(staged.path(), &files, &metadata(options))?;
     let measured = stream::run(&plan, options.rounding, gpu, &writer, progress)?;
     let mut report = result::report(options, &plan, gpu, &files, &measured);
@@ -126,7 +126,7 @@ pub(super) fn combine(
     let files = Writer::files(&specs, options.max_shard_size);
     let sources = files.iter().map(|(name, _)| find(&parts, name)).collect::<Result<Vec<_>>>()?;
     let measured = specs.iter().map(|s| sums(&parts, &s.name)).collect::<Result<Vec<_>>>()?;
-    let staged = StagedDir::create(&options.output, options.force)?;
+    let staged = StagedDir::create(options.target()?)?;
     if let Some(folder) = base.folder() {
         companions::copy(folder, staged.path(), &plan.config)?;
     }
@@ -142,10 +142,22 @@ pub(super) fn combine(
     let mut report = result::report(options, plan, None, &files, &measured);
     explain_losses(&mut report, plan, progress)?;
     staged.commit()?;
-    if let Err(e) = fs::remove_dir_all(folder) {
-        progress.warn(&format!("cannot remove '{}': {e}; it is not needed any more", folder.display()));
+    if let Err(e) = remove(folder) {
+        progress.warn(&format!("the parts are not needed any more, but {e}"));
     }
     Ok(report)
+}
+
+/// Removes the parts in `folder`, and the folder if it holds nothing else.
+pub(super) fn remove(folder: &Path) -> Result<()> {
+    for shard in list_parts(folder)? {
+        staged::remove_folder(&folder.join(format!("{}-of-{}", shard.index, shard.count)), Holds::Part)?;
+    }
+    // Where a job of an array died, its sibling stays beside the parts.
+    match fs::remove_dir(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", folder, e)),
+        _ => Ok(()),
+    }
 }
 
 /// All parts in the order of their numbers, none missing, none of another merge.

@@ -15,10 +15,11 @@ pub mod verify;
 
 use crate::{
     error::{Error, Result},
-    staged,
+    inputs,
+    staged::{self, Target},
 };
 use serde::Serialize;
-use std::{io::Write, path::Path};
+use std::io::Write;
 use table::Table;
 
 /// How a result is printed.
@@ -77,11 +78,14 @@ pub fn render(report: &impl Report, format: Format) -> Result<String> {
 }
 
 /// Renders `report` to `output`, or to stdout. A closed pipe (`| head`) is not an error.
-pub fn emit(report: &impl Report, format: Format, output: Option<&Path>, force: bool) -> Result<()> {
+pub fn emit(report: &impl Report, format: Format, output: Option<Target>) -> Result<()> {
     let text = render(report, format)?;
     match output {
-        Some(path) => staged::write_file(path, text.as_bytes(), force),
-        None => print(&text),
+        Some(target) => staged::write_text(target, &text),
+        None => {
+            inputs::check_unchanged()?;
+            print(&text)
+        }
     }
 }
 

@@ -10,9 +10,10 @@ pub use tokenizer::{BYTE_VOCABULARY, END_OF_DOCUMENT, TextStream, Tokenizer};
 
 use crate::{
     error::{Error, Result},
+    inputs::Inputs,
     interrupt,
     progress::Progress,
-    staged::StagedFile,
+    staged::{StagedFile, Target},
 };
 use indicatif::ProgressBar;
 use rayon::prelude::*;
@@ -65,7 +66,10 @@ pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Res
         files.extend(documents::files(input, options.include.as_ref())?);
     }
     let total = files.iter().map(|f| f.metadata().map_or(0, |m| m.len())).sum::<u64>();
-    let staged = StagedFile::create(&options.output, options.force)?;
+    let mut inputs = Inputs::of(&options.inputs);
+    inputs.extend(tokenizer.path());
+    inputs.extend(&files);
+    let staged = StagedFile::create(Target::file(&options.output, options.force, &inputs)?)?;
     let bar = progress.bytes("tokenizing", total.min(options.max_bytes.unwrap_or(u64::MAX)));
     let mut job = Job {
         tokenizer,

@@ -117,7 +117,7 @@ impl Metrics {
             .split_inclusive('\n')
             .filter(|line| line.ends_with('\n') && serde_json::from_str::<Row>(line).is_ok_and(|r| r.step <= step))
             .collect();
-        staged::write_file(path, kept.as_bytes(), true)?;
+        staged::write_own(path, kept.as_bytes())?;
         let file = File::options().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
         let events = EventFile::create(&path.with_file_name("tensorboard"), step)?;
         Ok(Metrics { path: path.to_owned(), file, events })

@@ -15,12 +15,13 @@ use crate::{
     checkpoint::Checkpoint,
     collective::Collective,
     error::{Error, Result},
+    inputs::Inputs,
     interrupt,
     model::{Model, Store},
     ops::{Device, OperationTime},
     progress::Progress,
     run::{BaseRecord, CheckpointRecord, CycleRecord, Manifest, RunDir, sha256_folder},
-    staged::{self, StagedDir},
+    staged::{self, Holds, StagedDir, Target},
 };
 use serde::Serialize;
 use std::{
@@ -135,7 +136,8 @@ impl<D: Device> Session<D> {
         if !collective.is_leader() {
             return Ok(Self::new(dir, manifest, trainer, validation, None, progress));
         }
-        let staged = StagedDir::create(&dir.0, false)?;
+        let inputs = Inputs::of([&config.data.train]);
+        let staged = StagedDir::create(Target::folder(&dir.0, Holds::Run, false, &inputs)?)?;
         let config_path = staged.path().join("config.toml");
         fs::write(&config_path, config.to_toml()?).map_err(|e| Error::io("write", &config_path, e))?;
         write_manifest(&staged.path().join("manifest.json"), &manifest)?;
@@ -249,6 +251,7 @@ impl<D: Device> Session<D> {
 
     /// Trains to the end. On Ctrl-C it saves a checkpoint first.
     pub fn run(mut self) -> Result<Summary> {
+        let _deferred = interrupt::defer(true);
         let total = self.trainer.config().train.num_training_steps;
         let bar = self.progress.bar("", total, "{pos}/{len} {wide_bar} {msg} {eta} left");
         bar.set_position(self.trainer.step);
@@ -344,7 +347,7 @@ impl<D: Device> Session<D> {
     }
 
     fn save_base(&mut self) -> Result<()> {
-        let staged = StagedDir::create(&self.dir.base_path(), true)?;
+        let staged = StagedDir::own(&self.dir.base_path())?;
         state::save_model(&self.trainer.model, self.trainer.config().train.dtype, staged.path())?;
         companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         staged.commit()?;
@@ -370,7 +373,7 @@ impl<D: Device> Session<D> {
         let cycle = self.trainer.cycle;
         let folder = RunDir::cycle_folder(cycle);
         let path = self.dir.0.join(&folder);
-        let staged = StagedDir::create(&path, true)?;
+        let staged = StagedDir::own(&path)?;
         // The adapter's base is the run's base with the cycles before it merged.
         state::save_cycle(&self.trainer.model, cycle, Path::new("../../base"), staged.path())?;
         staged.commit()?;
@@ -410,7 +413,7 @@ impl<D: Device> Session<D> {
         let step = self.trainer.step;
         let folder = RunDir::checkpoint_folder(step);
         let path = self.dir.0.join(&folder);
-        let staged = StagedDir::create(&path, true)?;
+        let staged = StagedDir::own(&path)?;
         state::save_checkpoint(&self.trainer, staged.path())?;
         companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         let files = state::seal(staged.path())?;
@@ -560,7 +563,7 @@ fn newest_sound_checkpoint(dir: &RunDir, progress: &Progress) -> Result<Option<P
 
 fn write_manifest(path: &Path, manifest: &Manifest) -> Result<()> {
     let json = serde_json::to_string_pretty(manifest).map_err(|e| Error::environment(e.to_string()))? + "\n";
-    staged::write_file(path, json.as_bytes(), true)
+    staged::write_own(path, json.as_bytes())
 }
 
 fn serde_name(mode: &Mode) -> String {

@@ -181,7 +181,7 @@ impl Compiler {
         let code = self.compile(source.name, &text)?;
         if let (Some(folder), Some(file)) = (cache, &file) {
             // Without a cache it takes longer, and that is all.
-            let _ = fs::create_dir_all(folder).map(|()| staged::write_file(file, &sealed(&code), true));
+            let _ = fs::create_dir_all(folder).map(|()| staged::write_own(file, &sealed(&code)));
         }
         Ok(code)
     }
