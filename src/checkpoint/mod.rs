@@ -5,6 +5,7 @@
 pub mod dtype;
 mod file;
 pub mod header;
+pub mod encodings;
 mod index;
 pub(crate) mod lanes;
 mod reader;
