@@ -1,16 +1,10 @@
-#!/usr/bin/env python3
 """Small checkpoints in every encoding of weights that the program decodes, with the plain weights in f32.
-
-    python tools/encoding_fixtures.py fixtures/encodings
 
 Each folder holds `config.json`, `model.safetensors` (encoded) and `plain.safetensors` (what it means). 8-bit floats are PyTorch's, the
 4-bit and int8 weights of bitsandbytes are quantised and decoded by bitsandbytes; what is packed into words is packed here, bit by bit.
-Made with torch 2.15.0, bitsandbytes 0.50.2, numpy 2.4.6.
 """
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -174,7 +168,6 @@ def mlx(out):
     save(out, "mlx", {"quantization": {"group_size": 16, "bits": 4, "b": {"group_size": 32, "bits": 8}}}, encoded, plain)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for make in [fp8, bitsandbytes, gptq, awq, compressed_tensors, mxfp4, mlx]:
-        make(folder)
+def make(out):
+    for encoding in [fp8, bitsandbytes, gptq, awq, compressed_tensors, mxfp4, mlx]:
+        encoding(out / "encodings")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import convert_fixtures
 import numpy as np
+import encoding_fixtures
 import quantised_fixtures
 import tokenizer_fixtures
 import torch
@@ -48,6 +49,7 @@ def main():
     convert_fixtures.make(OUT)
     tokenizer_fixtures.make(OUT, TEXT)
     quantised_fixtures.make(OUT)
+    encoding_fixtures.make(OUT)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

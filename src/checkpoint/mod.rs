@@ -3,9 +3,9 @@
 //! Imports nothing of ours but errors and staged outputs; everything else reads and writes weights through it.
 
 pub mod dtype;
+pub mod encodings;
 mod file;
 pub mod header;
-pub mod encodings;
 mod index;
 pub(crate) mod lanes;
 mod reader;

@@ -7,5 +7,6 @@ mod common;
 mod bad_input;
 mod convert;
 mod diff;
+mod encodings;
 mod hostile_input;
 mod inspect;

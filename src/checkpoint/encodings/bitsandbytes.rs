@@ -116,7 +116,10 @@ fn int8<'a>(stored: &Stored<'a>, module: &str, scb: Tensor<'a>) -> Result<Encode
     let mut tensors = vec![values, scb];
     if let Some(format) = stored.get(&format!("{module}.weight_format")) {
         if format.bytes().iter().any(|&b| b != 0) {
-            return Err(bad(&values, "its weight_format is not 0 (row by row): save it again with bitsandbytes 0.43 or newer"));
+            return Err(bad(
+                &values,
+                "its weight_format is not 0 (row by row): save it again with bitsandbytes 0.43 or newer",
+            ));
         }
         tensors.push(format);
     }

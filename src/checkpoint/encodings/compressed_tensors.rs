@@ -17,12 +17,22 @@ use serde_json::Value;
 /// `weight_scale` holds 8-bit numbers.
 pub(super) fn find<'a>(stored: &Stored<'a>) -> Result<Vec<EncodedWeight<'a>>> {
     let format = stored.settings["format"].as_str().unwrap_or("dense");
-    const KNOWN: &[&str] =
-        &["dense", "naive-quantized", "float-quantized", "int-quantized", "pack-quantized", "nvfp4-pack-quantized", "mixed-precision"];
+    const KNOWN: &[&str] = &[
+        "dense",
+        "naive-quantized",
+        "float-quantized",
+        "int-quantized",
+        "pack-quantized",
+        "nvfp4-pack-quantized",
+        "mixed-precision",
+    ];
     if let Some(tensor) = stored.base.tensors().next()
         && !KNOWN.contains(&format)
     {
-        return Err(bad(&tensor, format!("the format of the checkpoint is '{format}', known are {}", KNOWN.join(", "))));
+        return Err(bad(
+            &tensor,
+            format!("the format of the checkpoint is '{format}', known are {}", KNOWN.join(", ")),
+        ));
     }
     if let Some((_, tensor)) = [".weight_bitmask", ".bitmask"].into_iter().find_map(|end| stored.ending(end).next()) {
         return Err(bad(&tensor, "sparse weights are not known"));
@@ -174,7 +184,8 @@ fn columns_of(shape: &Tensor, rows: usize) -> Result<usize> {
 
 /// Bits of a value: what makes `columns` fit the packed words; where two fit, what the configuration says.
 fn bits_of(settings: &Value, values: &Tensor, packed_columns: usize, columns: usize) -> Result<usize> {
-    let fitting: Vec<usize> = [2, 4, 8].into_iter().filter(|bits| columns.div_ceil(32 / bits) == packed_columns).collect();
+    let fitting: Vec<usize> =
+        [2, 4, 8].into_iter().filter(|bits| columns.div_ceil(32 / bits) == packed_columns).collect();
     let groups = settings["config_groups"].as_object();
     let mut said: Vec<usize> = groups
         .into_iter()

@@ -69,7 +69,11 @@ impl Grid {
         if scale.shape() != expected {
             return Err(bad(
                 scale,
-                format!("it has shape {:?}, expected {expected:?} for blocks of {m}x{n} in {:?}", scale.shape(), values.shape()),
+                format!(
+                    "it has shape {:?}, expected {expected:?} for blocks of {m}x{n} in {:?}",
+                    scale.shape(),
+                    values.shape()
+                ),
             ));
         }
         Ok(Grid { rows: *rows, columns: *columns, block: (m, n), scales })
@@ -87,7 +91,8 @@ impl Grid {
         while per.len() > leading.len() + 1 && per.last() == Some(&1) {
             per = &per[..per.len() - 1];
         }
-        let whole = |matrices| Grid { rows: rows * matrices, columns, block: (rows * matrices, columns), scales: (1, 1) };
+        let whole =
+            |matrices| Grid { rows: rows * matrices, columns, block: (rows * matrices, columns), scales: (1, 1) };
         if scale.elements() == 1 {
             return Ok(whole(matrices));
         }

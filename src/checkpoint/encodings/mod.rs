@@ -96,7 +96,11 @@ pub fn declared(config: &Value) -> Option<Declared> {
     let settings = settings?;
     let method = settings["quant_method"].as_str().unwrap_or_else(|| {
         // bitsandbytes' first configurations had no `quant_method`.
-        if settings.get("load_in_4bit").is_some() || settings.get("load_in_8bit").is_some() { "bitsandbytes" } else { "" }
+        if settings.get("load_in_4bit").is_some() || settings.get("load_in_8bit").is_some() {
+            "bitsandbytes"
+        } else {
+            ""
+        }
     });
     Some(Declared { method: method.to_lowercase(), key: "quantization_config", settings: settings.clone() })
 }
@@ -152,10 +156,29 @@ pub fn find<'a>(base: &'a Checkpoint, declared: &Declared) -> Result<Vec<Encoded
 /// declares an encoding, and is left over where something does.
 pub fn looks_encoded(tensor: &Tensor) -> bool {
     const ENDS: &[&str] = &[
-        "_scale_inv", ".weight_scale", ".weight_scale_2", ".weight_global_scale", ".weight_packed", ".weight_zero_point",
-        ".weight_shape", ".weight_g_idx", ".qweight", ".qzeros", ".g_idx", ".SCB", ".weight_format", ".absmax",
-        ".quant_map", ".nested_absmax", ".nested_quant_map", ".input_scale", ".output_scale", ".k_scale", ".v_scale",
-        "_blocks", "_scales",
+        "_scale_inv",
+        ".weight_scale",
+        ".weight_scale_2",
+        ".weight_global_scale",
+        ".weight_packed",
+        ".weight_zero_point",
+        ".weight_shape",
+        ".weight_g_idx",
+        ".qweight",
+        ".qzeros",
+        ".g_idx",
+        ".SCB",
+        ".weight_format",
+        ".absmax",
+        ".quant_map",
+        ".nested_absmax",
+        ".nested_quant_map",
+        ".input_scale",
+        ".output_scale",
+        ".k_scale",
+        ".v_scale",
+        "_blocks",
+        "_scales",
     ];
     let name = tensor.name();
     name.contains(".quant_state.")
@@ -258,4 +281,3 @@ fn word(bytes: &[u8], index: usize) -> u32 {
 pub fn owned<'a>(weights: &[EncodedWeight<'a>]) -> HashSet<&'a str> {
     weights.iter().flat_map(|w| w.tensors.iter().map(|t| t.name())).collect()
 }
-

@@ -1,7 +1,6 @@
 //! Weights that are stored encoded, decoded bit for bit as the packages that define their formats do.
-#![allow(missing_docs)]
 
-mod common;
+use crate::common;
 
 use relora_kit::checkpoint::{Checkpoint, encodings};
 use serde_json::Value;
@@ -57,7 +56,11 @@ fn every_encoding_is_decoded_bit_for_bit() {
             assert_eq!(shape, expected.shape(), "{}: {name}", folder.display());
             let expected = expected.to_f32().unwrap();
             for (i, (ours, theirs)) in values.iter().zip(expected.iter()).enumerate() {
-                assert!(ours.to_bits() == theirs.to_bits(), "{}: {name}[{i}]: {ours} instead of {theirs}", folder.display());
+                assert!(
+                    ours.to_bits() == theirs.to_bits(),
+                    "{}: {name}[{i}]: {ours} instead of {theirs}",
+                    folder.display()
+                );
             }
         }
     }
@@ -106,7 +109,8 @@ fn oracle_quantised_bases_are_decoded_to_the_bits_of_their_formats() {
         }
         let found = decoded(&case.join(expected["base"].as_str().unwrap()));
         for (name, expected) in tensors.iter().filter(|(_, t)| t["dequantised_f32"].is_object()) {
-            let (_, shape, values) = found.iter().find(|(n, ..)| n == name).unwrap_or_else(|| panic!("{name} is missing"));
+            let (_, shape, values) =
+                found.iter().find(|(n, ..)| n == name).unwrap_or_else(|| panic!("{name} is missing"));
             let expected = &expected["dequantised_f32"];
             assert_eq!(&serde_json::json!(shape), &expected["shape"], "{}: {name}", case.display());
             let digest = Sha256::digest(bytemuck::cast_slice::<f32, u8>(values));
