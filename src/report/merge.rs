@@ -6,7 +6,7 @@ use super::{
     table::Table,
     units,
 };
-use crate::merge::{Action, MergeReport, Retention, Rounding, TensorResult};
+use crate::merge::{MergeReport, Retention, Rounding, TensorResult};
 
 impl Report for MergeReport {
     fn tables(&self) -> Vec<Table> {
@@ -72,7 +72,7 @@ fn row(t: &TensorResult) -> Vec<String> {
     let of = |show: fn(&Retention) -> String| t.retention.as_ref().map_or_else(String::new, show);
     vec![
         t.name.clone(),
-        action(t.action).into(),
+        merge_plan::action(t.action).into(),
         format!("{:?}", t.shape),
         format!("{:?}", t.base_dtype),
         format!("{:?}", t.dtype),
@@ -82,16 +82,6 @@ fn row(t: &TensorResult) -> Vec<String> {
         of(|r| number(r.relative_error)),
         t.file.clone(),
     ]
-}
-
-pub(super) fn action(action: Action) -> &'static str {
-    match action {
-        Action::Merged => "merged",
-        Action::Replaced => "replaced",
-        Action::Added => "added",
-        Action::Recast => "recast",
-        Action::Copied => "copied",
-    }
 }
 
 /// Two decimals: what matters is 99.9 or 60.

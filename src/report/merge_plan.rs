@@ -1,7 +1,7 @@
 //! `merge --dry-run`: what would change, where each tensor would go, and how long it would take.
 
-use super::{merge::action, spectrum::plural, table::Table, units};
-use crate::merge::{Estimate, MergeReport, TensorResult};
+use super::{spectrum::plural, table::Table, units};
+use crate::merge::{Action, Estimate, MergeReport, TensorResult};
 
 /// Tensors that differ in the number of their layer only share a row; then one row per file.
 pub(super) fn tables(report: &MergeReport) -> Vec<Table> {
@@ -68,6 +68,17 @@ pub(super) fn estimate(e: &Estimate) -> String {
         "reads {read}, writes {written}: {seconds} s with {threads} if the base is in memory and the disk keeps up \
          (measured on a few blocks)"
     )
+}
+
+/// What happens to a tensor, in one word.
+pub(super) fn action(action: Action) -> &'static str {
+    match action {
+        Action::Merged => "merged",
+        Action::Replaced => "replaced",
+        Action::Added => "added",
+        Action::Recast => "recast",
+        Action::Copied => "copied",
+    }
 }
 
 fn rank(t: &TensorResult) -> String {
