@@ -1,6 +1,9 @@
 //! AWQ (arXiv:2306.00978) as AutoAWQ's `gemm` version stores it.
 
-use super::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, matrix, packed::unpack, scales, word, words};
+use super::{
+    packed::unpack,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, matrix, scales, word, words},
+};
 use crate::{
     checkpoint::{Dtype, Tensor},
     error::Result,

@@ -1,6 +1,9 @@
 //! bitsandbytes: NF4 and FP4 in blocks of the flattened weight, int8 with a scale per row.
 
-use super::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, fp8::Grid, matrix, scales};
+use super::{
+    fp8::Grid,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, matrix, scales},
+};
 use crate::{
     checkpoint::{Dtype, Tensor},
     error::Result,

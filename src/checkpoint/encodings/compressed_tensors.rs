@@ -1,11 +1,9 @@
 //! compressed-tensors (llm-compressor, vLLM): 8-bit floats and integers, packed integers, NVFP4.
 
 use super::{
-    EncodedWeight, Stored, bad, expect_dtype, expect_shape,
     fp8::{self, Grid},
-    matrix,
     packed::{E2M1, unpack},
-    scales, word, words,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, matrix, scales, word, words},
 };
 use crate::{
     checkpoint::{Dtype, Tensor},

@@ -1,6 +1,9 @@
 //! 8-bit floats with a scale per block, per row or per tensor.
 
-use super::{EncodedWeight, Stored, bad, expect_dtype, packed, scales};
+use super::{
+    packed,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, owned, scales},
+};
 use crate::{
     checkpoint::{Dtype, Tensor},
     error::Result,
@@ -38,7 +41,7 @@ pub(super) fn find_rows<'a>(stored: &Stored<'a>) -> Result<Vec<EncodedWeight<'a>
 
 /// Refuses a checkpoint with 8-bit floats that no scale belongs to.
 pub(super) fn complete<'a>(stored: &Stored<'a>, found: Vec<EncodedWeight<'a>>) -> Result<Vec<EncodedWeight<'a>>> {
-    let owned = super::owned(&found);
+    let owned = owned(&found);
     let alone = |t: &Tensor| matches!(t.dtype(), Dtype::F8_E4M3 | Dtype::F8_E5M2) && !owned.contains(t.name());
     match stored.base.tensors().find(alone) {
         Some(tensor) => Err(bad(&tensor, "it holds 8-bit floats, and no scale belongs to it")),

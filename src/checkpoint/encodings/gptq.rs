@@ -1,6 +1,9 @@
 //! GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel store it.
 
-use super::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, matrix, packed::unpack, scales, word, words};
+use super::{
+    packed::unpack,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, matrix, scales, word, words},
+};
 use crate::{
     checkpoint::{Dtype, Tensor},
     error::Result,

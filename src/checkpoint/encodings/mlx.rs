@@ -1,6 +1,9 @@
 //! Affine quantisation as mlx-lm stores it.
 
-use super::{EncodedWeight, Stored, bad, expect_dtype, matrix, packed::unpack, scales, word};
+use super::{
+    packed::unpack,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, matrix, scales, word},
+};
 use crate::{
     checkpoint::{Dtype, Tensor},
     error::Result,

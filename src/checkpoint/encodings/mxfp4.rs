@@ -1,6 +1,9 @@
 //! MXFP4 (OCP microscaling formats) as gpt-oss stores its experts.
 
-use super::{EncodedWeight, Stored, bad, expect_dtype, expect_shape, packed};
+use super::{
+    packed,
+    stored::{EncodedWeight, Stored, bad, expect_dtype, expect_shape},
+};
 use crate::{checkpoint::Dtype, error::Result};
 
 /// `X_blocks` is `[experts, out, in / 32, 16]`, two E2M1 values a byte, the low one first; `X_scales` is `[experts, out, in / 32]`
