@@ -3,7 +3,11 @@
 //! Names of tensors, modules, fields and files are chosen by whoever wrote the file. They may hold line breaks that forge
 //! further lines, escape sequences that control a terminal, and format characters that reverse or hide what follows them.
 
-use std::{borrow::Cow, fmt, path::Path};
+use std::{
+    borrow::Cow,
+    fmt,
+    path::{Path, PathBuf},
+};
 
 /// Whether `c` may reach a terminal or a page as it is: no control character (Unicode Cc), no character that changes how
 /// its neighbours are shown (bidirectional controls, zero-width and invisible ones of Cf), no line or paragraph separator.
@@ -49,6 +53,19 @@ impl<T: fmt::Display> fmt::Display for Line<T> {
 /// For `#[serde(serialize_with = "crate::escape::lossy")]`.
 pub fn lossy<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
+}
+
+/// [`lossy`], of a path that may be absent.
+pub fn lossy_option<S: serde::Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    match path {
+        Some(path) => serializer.serialize_some(&path.to_string_lossy()),
+        None => serializer.serialize_none(),
+    }
+}
+
+/// [`lossy`], of paths with a text each.
+pub fn lossy_pairs<S: serde::Serializer>(pairs: &[(PathBuf, String)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(pairs.iter().map(|(path, text)| (path.to_string_lossy(), text)))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 pub mod error;
 pub mod escape;
+pub mod guard;
 pub mod inputs;
 pub mod interrupt;
 pub mod progress;

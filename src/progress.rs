@@ -1,5 +1,6 @@
 //! Progress on stderr: what is being done, how far it is, how long it will take. Hidden when nobody looks.
 
+use crate::escape;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::time::Duration;
 
@@ -70,6 +71,7 @@ impl Progress {
 
     fn log(&self, level: i8, message: &str) {
         if self.verbosity >= level {
+            let message = escape::lines(message);
             self.bars.suspend(|| eprintln!("{message}"));
         }
     }

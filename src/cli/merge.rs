@@ -12,6 +12,8 @@ use crate::{
     shard::Shard,
 };
 use std::{
+    ffi::{OsStr, OsString},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -40,7 +42,7 @@ pub struct Args {
     base: PathBuf,
     /// PEFT adapters, added in this order; a glob takes all matches in sorted order, a negative weight un-merges
     #[arg(long, value_name = "ADAPTER[=WEIGHT]", num_args = 1.., allow_negative_numbers = true)]
-    adapter: Vec<String>,
+    adapter: Vec<OsString>,
     /// The folder to create
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
@@ -130,8 +132,7 @@ impl Args {
     }
 
     fn options(&self, job: Option<&Arc<Job>>) -> Result<Options> {
-        let adapters: Vec<Vec<(PathBuf, f64)>> =
-            self.adapter.iter().map(|a| parse_adapter(a)).collect::<Result<_>>()?;
+        let adapters: Vec<Vec<(PathBuf, f64)>> = self.adapter.iter().map(parse_adapter).collect::<Result<_>>()?;
         Ok(Options {
             base: self.base.clone(),
             adapters: adapters.concat(),
@@ -150,10 +151,13 @@ impl Args {
 }
 
 /// Reads `ADAPTER[=WEIGHT]`. What exists as written is a path, even if it holds `=` or `*`.
-fn parse_adapter(text: &str) -> Result<Vec<(PathBuf, f64)>> {
+fn parse_adapter(text: impl AsRef<OsStr>) -> Result<Vec<(PathBuf, f64)>> {
+    let text = text.as_ref();
     if Path::new(text).exists() {
         return Ok(vec![(text.into(), 1.0)]);
     }
+    // Weights, and globs, are text.
+    let Some(text) = text.to_str() else { return parse_raw_adapter(text) };
     let (path, weight) = match text.rsplit_once('=') {
         Some((path, weight)) => {
             let parsed = weight.parse().map_err(|_| {
@@ -178,6 +182,17 @@ fn parse_adapter(text: &str) -> Result<Vec<(PathBuf, f64)>> {
     Ok(found.into_iter().map(|path| (path, weight)).collect())
 }
 
+/// `PATH=WEIGHT` where the path is not UTF-8.
+fn parse_raw_adapter(text: &OsStr) -> Result<Vec<(PathBuf, f64)>> {
+    let bytes = text.as_bytes();
+    let split = bytes.iter().rposition(|&b| b == b'=').and_then(|at| {
+        let weight = std::str::from_utf8(&bytes[at + 1..]).ok()?.parse().ok()?;
+        Some((OsStr::from_bytes(&bytes[..at]), weight))
+    });
+    let (path, weight) = split.unwrap_or((text, 1.0));
+    Ok(vec![(path.into(), weight)])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,7 +204,7 @@ mod tests {
             std::fs::create_dir(dir.path().join(name)).unwrap();
         }
         let parse = |text: &str| {
-            let found = parse_adapter(&format!("{}/{text}", dir.path().display())).unwrap();
+            let found = parse_adapter(format!("{}/{text}", dir.path().display())).unwrap();
             let name = |p: PathBuf| p.file_name().unwrap().to_string_lossy().into_owned();
             found.into_iter().map(|(p, w)| (name(p), w)).collect::<Vec<_>>()
         };

@@ -16,6 +16,7 @@ mod verify;
 
 use crate::{
     error::Error,
+    escape,
     inputs::Inputs,
     interrupt,
     ops::{Cuda, CudaOptions},
@@ -174,7 +175,7 @@ pub fn main() -> ExitCode {
 
 /// In one piece: a launcher of several processes writes to the same place.
 fn report_error(e: &Error) {
-    let help = e.help.as_ref().map_or(String::new(), |help| format!("help: {help}\n"));
+    let help = e.help.as_ref().map_or(String::new(), |help| format!("help: {}\n", escape::lines(help)));
     let _ = io::stderr().write_all(format!("error: {e}\n{help}").as_bytes());
 }
 

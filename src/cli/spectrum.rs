@@ -12,7 +12,7 @@ use crate::{
     spectrum::{self, Gate, Labelled, Method, Options, Request},
     staged::{self, Target},
 };
-use std::{path::PathBuf, sync::Arc};
+use std::{ffi::OsString, path::PathBuf, sync::Arc};
 
 /// Singular values and honest rank of weight updates, with gates for CI
 ///
@@ -42,13 +42,13 @@ pub struct Args {
     base: Option<PathBuf>,
     /// The checkpoint after the update (Wn); repeat to compare several
     #[arg(long, value_name = "[LABEL=]CKPT", requires = "base", help_heading = "Sources")]
-    tuned: Vec<String>,
+    tuned: Vec<OsString>,
     /// A PEFT adapter: the spectrum of scaling * B @ A, no base needed; repeat to compare several
     #[arg(long, value_name = "[LABEL=]ADAPTER", help_heading = "Sources")]
-    adapter: Vec<String>,
+    adapter: Vec<OsString>,
     /// A run of `relora-kit train`: every cycle and the sum of all; repeat to compare several
     #[arg(long, value_name = "[LABEL=]RUN", help_heading = "Sources")]
-    run: Vec<String>,
+    run: Vec<OsString>,
     /// Join the parts that --shard wrote: gates, formats and pages as if one process had measured everything
     #[arg(
         long,

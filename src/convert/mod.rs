@@ -15,7 +15,6 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
-    fs::File,
     io::Read,
     ops::Range,
     path::{Path, PathBuf},
@@ -68,10 +67,12 @@ pub struct ConvertReport {
     /// Version of this layout.
     pub schema: u32,
     /// What was converted.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub input: PathBuf,
     /// `gguf` or `pytorch`.
     pub format: String,
     /// The folder that was created.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub output: PathBuf,
     /// Every tensor, in the order of the output.
     pub tensors: Vec<ConvertedTensor>,
@@ -137,7 +138,7 @@ fn open(options: &Options) -> Result<Box<dyn Source>> {
     let mut magic = [0; 4];
     let meta = path.metadata().map_err(|e| Error::io("open", path, e))?;
     if meta.is_file() {
-        let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?.take(4);
+        let mut file = crate::inputs::open(path)?.take(4);
         let mut found = Vec::new();
         file.read_to_end(&mut found).map_err(|e| Error::io("read", path, e))?;
         magic[..found.len()].copy_from_slice(&found);

@@ -11,7 +11,6 @@ use crate::{
 use serde_json::Value;
 use std::{
     collections::{BTreeSet, HashMap},
-    fs,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -142,7 +141,7 @@ fn says_tied(folder: &Path) -> Result<bool> {
     if !path.exists() {
         return Ok(false);
     }
-    let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let text = crate::checkpoint::read_text(&path)?;
     let config: Value = serde_json::from_slice(&text)
         .map_err(|e| Error::request(format!("'{}' is not valid JSON: {e}", path.display())))?;
     Ok(config["tie_word_embeddings"] == true)
@@ -166,7 +165,7 @@ fn open_folder(folder: &Path) -> Result<Vec<PickledFile>> {
 
 /// Opens the shards that the index names, and checks that both agree.
 fn open_shards(path: &Path) -> Result<Vec<PickledFile>> {
-    let text = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let text = crate::checkpoint::read_text(path)?;
     let index: Index = serde_json::from_slice(&text)
         .map_err(|e| Error::request(format!("'{}' is not a valid shard index: {e}", path.display())))?;
     let mixed = |what: String| {

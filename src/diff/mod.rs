@@ -38,8 +38,10 @@ pub struct Diff {
     /// Version of this layout.
     pub schema: u32,
     /// The first checkpoint.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub a: PathBuf,
     /// The second.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub b: PathBuf,
     /// Absolute tolerance.
     pub atol: f64,

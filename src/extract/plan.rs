@@ -6,10 +6,7 @@ use crate::{
     error::{Error, Result},
 };
 use serde_json::Value;
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A tensor that differs between the two checkpoints.
 #[derive(Clone, Copy)]
@@ -201,6 +198,6 @@ fn config_of(checkpoint: &Checkpoint) -> Result<Value> {
     let Some(path) = checkpoint.folder().map(|f| f.join("config.json")).filter(|p| p.exists()) else {
         return Ok(Value::Null);
     };
-    let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let text = crate::checkpoint::read_text(&path)?;
     serde_json::from_slice(&text).map_err(|e| Error::request(format!("'{}' is not valid JSON: {e}", path.display())))
 }

@@ -9,10 +9,13 @@ pub struct ExtractReport {
     /// Version of this layout.
     pub schema: u32,
     /// The checkpoint before.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub base: PathBuf,
     /// The checkpoint after.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub tuned: PathBuf,
     /// The adapter that was written.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub output: PathBuf,
     /// Every matrix that became a pair of factors.
     pub matrices: Vec<ExtractedMatrix>,

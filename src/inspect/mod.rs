@@ -40,6 +40,7 @@ pub struct Inspection {
     /// Version of this layout.
     pub schema: u32,
     /// What was inspected.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub path: PathBuf,
     /// Its files.
     pub files: Vec<FileSummary>,

@@ -6,7 +6,6 @@ use crate::{
     error::{Error, Result},
 };
 use serde::Deserialize;
-use std::fs;
 
 /// The configuration that the official code writes beside the model.
 const CONFIG_NAME: &str = "relora_config.json";
@@ -93,7 +92,7 @@ fn read_config(base: &Checkpoint) -> Result<ReloraConfig> {
             .help(format!("put the {CONFIG_NAME} of the training run beside the model: it says r and lora_alpha"))
     };
     let path = base.folder().ok_or_else(|| bad("is not a folder".into()))?.join(CONFIG_NAME);
-    let bytes = fs::read(&path).map_err(|e| bad(format!("{CONFIG_NAME} cannot be read: {e}")))?;
+    let bytes = crate::checkpoint::read_text(&path).map_err(|e| bad(format!("{CONFIG_NAME} cannot be read: {e}")))?;
     serde_json::from_slice(&bytes).map_err(|e| bad(format!("{CONFIG_NAME} is not valid: {e}")))
 }
 

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     adapter::{Adapter, config::CONFIG_NAME},
-    checkpoint::{Checkpoint, FileSpecs, Writer},
+    checkpoint::{Checkpoint, FileSpecs, Writer, read_text},
     error::{Error, Result},
     interrupt,
     progress::Progress,
@@ -182,15 +182,16 @@ fn read_parts(
         ))
         .help("remove the parts that are not wanted"));
     }
-    let missing: Vec<String> =
-        (1..=count).map(|index| Shard { index, count }).filter(|s| !found.contains(s)).map(|s| s.to_string()).collect();
-    if !missing.is_empty() {
-        let shown = missing[..missing.len().min(10)].join(", ");
+    // The count is what the name of a folder says: counted without a list.
+    let missing = count - found.len();
+    if missing > 0 {
+        let there: HashSet<usize> = found.iter().map(|s| s.index).collect();
+        let absent = (1..=count).filter(|index| !there.contains(index)).take(10);
+        let shown = absent.map(|index| Shard { index, count }.to_string()).collect::<Vec<_>>().join(", ");
         return Err(Error::request(format!(
-            "{} of {count} parts are missing in '{}': {shown}{}",
-            missing.len(),
+            "{missing} of {count} parts are missing in '{}': {shown}{}",
             folder.display(),
-            if missing.len() > 10 { ", ..." } else { "" }
+            if missing > 10 { ", ..." } else { "" }
         ))
         .help("write them with --shard and the same options"));
     }
@@ -203,7 +204,7 @@ fn read_parts(
     let read = |shard: &Shard| {
         let part = folder.join(name(shard));
         let path = part.join(RECORD);
-        let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        let bytes = read_text(&path)?;
         let record: Record = serde_json::from_slice(&bytes)
             .map_err(|e| Error::request(format!("'{}' is damaged: {e}", path.display())))?;
         check_same_merge(&part, &record, &wanted)?;

@@ -16,10 +16,12 @@ pub struct MergeReport {
     /// Version of this layout.
     pub schema: u32,
     /// The checkpoint that updates were added to.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub base: PathBuf,
     /// What was added, in order.
     pub adapters: Vec<AdapterUse>,
     /// The folder that was (or would be) created.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub output: PathBuf,
     /// How values were rounded to bf16 and f16.
     #[serde(flatten)]
@@ -55,6 +57,7 @@ pub struct OutputFile {
 #[derive(Clone, Debug, Serialize)]
 pub struct AdapterUse {
     /// The folder.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub path: PathBuf,
     /// What its deltas were multiplied with.
     pub weight: f64,

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
-use std::{fs, path::Path};
+use std::path::Path;
 
 /// How the rotary angles are stretched beyond the context the model was trained on.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,8 +109,8 @@ const OWN_KEYS: [&str; 24] = [
 impl LlamaConfig {
     /// Reads `path` (a `config.json`). Everything this program would compute differently is refused.
     pub fn from_json(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let value: Value = serde_json::from_str(&text)
+        let text = crate::checkpoint::read_text(path)?;
+        let value: Value = serde_json::from_slice(&text)
             .map_err(|e| Error::request(format!("'{}' is not valid JSON: {e}", path.display())))?;
         Self::from_value(&value).map_err(|e| Error { message: format!("'{}': {}", path.display(), e.message), ..e })
     }

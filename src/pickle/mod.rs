@@ -80,7 +80,7 @@ pub struct PickledFile {
 impl PickledFile {
     /// Reads the structure of a file and checks it; no tensor is read.
     pub fn open(path: &Path) -> Result<PickledFile> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let file = crate::inputs::open(path)?;
         let found = layout::read(&file, path).map_err(|what| bad(path, what))?;
         let len = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let mut names = HashSet::new();

@@ -15,7 +15,7 @@ pub mod verify;
 
 use crate::{
     error::{Error, Result},
-    inputs,
+    escape, inputs,
     staged::{self, Target},
 };
 use serde::Serialize;
@@ -66,11 +66,11 @@ pub fn render(report: &impl Report, format: Format) -> Result<String> {
         }
         Format::Table => {
             report.tables().iter().for_each(|table| out += &(table.to_text() + "\n"));
-            report.remarks().iter().for_each(|remark| out += &(remark.clone() + "\n"));
+            report.remarks().iter().for_each(|remark| out += &(escape::line(remark).into_owned() + "\n"));
         }
         // A comment is read from the top, and nobody scrolls through it.
         Format::Markdown => {
-            report.remarks().iter().for_each(|remark| out += &(remark.clone() + "\n\n"));
+            report.remarks().iter().for_each(|remark| out += &(table::markdown(remark) + "\n\n"));
             report.tables().iter().for_each(|table| out += &(table.to_markdown() + "\n"));
         }
     }

@@ -1,14 +1,21 @@
 //! This result against an earlier one: what became of every module kind, and which matrices lost rank.
 
 use super::{Matrix, Spectrum, groups::Range};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    inputs,
+};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+
+/// Bytes of the largest result that is read: all singular values of 100,000 matrices of 1,000 take less.
+pub(super) const MAX_BYTES: u64 = 4 << 30;
 
 /// A comparison with an earlier result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Against {
     /// The earlier result.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub path: PathBuf,
     /// Matrices that both results hold.
     pub matrices: usize,
@@ -67,7 +74,7 @@ pub fn read(path: &Path) -> Result<Spectrum> {
 
 /// Reads a result or a part of one.
 pub(super) fn open(path: &Path) -> Result<Spectrum> {
-    let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let text = inputs::read(path, MAX_BYTES)?;
     parse(path, &text)
 }
 

@@ -118,9 +118,10 @@ pub struct Source {
     /// `checkpoints`, `adapter` or `run`.
     pub kind: String,
     /// W0, for checkpoints.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "crate::escape::lossy_option")]
     pub base: Option<PathBuf>,
     /// The tuned checkpoint, the adapter or the run.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub path: PathBuf,
     /// Number of finished cycles, for runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    inputs,
     shard::{self, Shard},
 };
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,7 @@ pub struct Part {
     /// How the matrices were chosen and measured.
     pub options: Measuring,
     /// The files the result depends on, each with a digest of its length and some of its bytes.
+    #[serde(serialize_with = "crate::escape::lossy_pairs")]
     pub inputs: Vec<(PathBuf, String)>,
     /// Weights to measure, over all parts.
     pub weights: usize,
@@ -62,6 +64,12 @@ fn restore(matrix: &mut Matrix, values: &str, rank_tol: Option<f64>) -> Option<(
     let mut values = values.as_bytes().chunks(16).map(number).collect::<Option<Vec<f64>>>()?.into_iter();
     let noise_edge = values.next()?;
     let sigma: Vec<f64> = values.collect();
+    // Singular values are finite, not negative, and come largest first; so is a bound on them.
+    let ordered = sigma.iter().zip(sigma.iter().skip(1)).all(|(a, b)| a >= b);
+    let valid = |x: f64| x.is_finite() && x >= 0.0;
+    if !ordered || !valid(noise_edge) || !sigma.iter().all(|&x| valid(x)) {
+        return None;
+    }
     let shape = (matrix.shape[0], matrix.shape[1]);
     if sigma.len() != shape.0.min(shape.1) {
         return None;
@@ -155,20 +163,51 @@ impl Read<'_> {
     fn parse<'a>((path, json): &'a (PathBuf, Vec<u8>)) -> Result<Read<'a>> {
         let mut spectrum = against::parse(path, json)?;
         match spectrum.part.take() {
-            Some(part) => Ok(Read { path, spectrum, part }),
+            Some(part) => {
+                check_sizes(&spectrum, &part).map_err(|what| {
+                    Error::request(format!("'{}' is damaged: {what}", path.display())).help("measure this part again")
+                })?;
+                Ok(Read { path, spectrum, part })
+            }
             None => Err(Error::request(format!("'{}' is no part but a whole result", path.display()))
                 .help("parts are written by `relora-kit spectrum --shard I/N`")),
         }
     }
 }
 
+/// What no part that this program wrote has. Numbers are checked before anything is allocated by them.
+fn check_sizes(spectrum: &Spectrum, part: &Part) -> std::result::Result<(), String> {
+    if !(1..=part.count).contains(&part.index) {
+        return Err(format!("it is part {} of {}", part.index, part.count));
+    }
+    if part.skipped_by_all > spectrum.skipped.len() {
+        return Err(format!("{} tensors are skipped, it lists {}", part.skipped_by_all, spectrum.skipped.len()));
+    }
+    for m in &spectrum.matrices {
+        let shown = format!("matrix '{}' of shape {:?}", m.name, m.shape);
+        if m.shape[0].checked_mul(m.shape[1]).is_none_or(|elements| elements == 0) {
+            return Err(format!("{shown} has no elements, or more than there can be"));
+        }
+    }
+    for (file, hash) in spectrum.sources.iter().flat_map(|s| &s.files) {
+        if !is_sha256(hash) {
+            return Err(format!("the hash of '{file}' is not 64 hexadecimal digits"));
+        }
+    }
+    match part.inputs.iter().find(|(_, digest)| !is_sha256(digest)) {
+        Some((file, _)) => Err(format!("the digest of '{}' is not 64 hexadecimal digits", file.display())),
+        None => Ok(()),
+    }
+}
+
+fn is_sha256(hash: &str) -> bool {
+    hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
 /// Joins all parts of a job. Of `options` only the gates, `against`, `sigma` and `hashes` count: the rest was decided when
 /// the parts were measured.
 pub fn combine(paths: &[PathBuf], options: &Options) -> Result<Spectrum> {
-    let read = |path: &PathBuf| {
-        let json = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        Ok((path.clone(), json))
-    };
+    let read = |path: &PathBuf| Ok((path.clone(), inputs::read(path, against::MAX_BYTES)?));
     join(paths.iter().map(read).collect::<Result<Vec<_>>>()?, options)
 }
 
@@ -252,22 +291,21 @@ fn check_all_there(parts: &[Read]) -> Result<()> {
             .help("name every part once"));
         }
     }
+    // The count is what a file says: counted without a list, since each part is there once and none beyond the count.
     let count = parts[0].part.count;
-    let missing: Vec<String> = (1..=count)
-        .filter(|index| parts.iter().all(|p| p.part.index != *index))
-        .map(|index| Shard { index, count }.to_string())
-        .collect();
-    if missing.is_empty() {
+    let missing = count - parts.len();
+    if missing == 0 {
         return Ok(());
     }
-    let (shown, more) = (missing.len().min(10), missing.len().saturating_sub(10));
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    Err(Error::request(format!(
-        "{} of {count} parts are missing: {}{more}",
-        missing.len(),
-        missing[..shown].join(", ")
-    ))
-    .help("measure them with --shard, or name their files, too"))
+    let there: HashSet<usize> = parts.iter().map(|p| p.part.index).collect();
+    let first: Vec<String> = (1..=count)
+        .filter(|index| !there.contains(index))
+        .take(10)
+        .map(|index| Shard { index, count }.to_string())
+        .collect();
+    let more = if missing > 10 { format!(" and {} more", missing - 10) } else { String::new() };
+    Err(Error::request(format!("{missing} of {count} parts are missing: {}{more}", first.join(", ")))
+        .help("measure them with --shard, or name their files, too"))
 }
 
 /// The sources, with the hashes that each part took of its share of the files.

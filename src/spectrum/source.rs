@@ -17,6 +17,8 @@ use crate::{
 };
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
@@ -32,11 +34,14 @@ pub struct Labelled {
 impl Labelled {
     /// Reads `[LABEL=]PATH`. A path that exists as written is a path even if it holds `=`; without a label the last
     /// component of the path is taken.
-    pub fn parse(text: &str) -> Labelled {
-        match text.split_once('=') {
-            Some((label, path)) if !label.is_empty() && !Path::new(text).exists() => {
-                Labelled { label: label.to_owned(), path: path.into() }
-            }
+    pub fn parse(text: impl AsRef<OsStr>) -> Labelled {
+        let text = text.as_ref();
+        let bytes = text.as_bytes();
+        match bytes.iter().position(|&b| b == b'=') {
+            Some(at) if at > 0 && !Path::new(text).exists() => Labelled {
+                label: String::from_utf8_lossy(&bytes[..at]).into_owned(),
+                path: OsStr::from_bytes(&bytes[at + 1..]).into(),
+            },
             _ => {
                 let path = PathBuf::from(text);
                 let whole = path.canonicalize().unwrap_or_else(|_| path.clone());

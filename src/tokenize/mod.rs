@@ -44,6 +44,7 @@ pub struct Options {
 #[derive(Debug, Serialize)]
 pub struct Summary {
     /// The shard.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub output: PathBuf,
     /// Documents read.
     pub documents: u64,

@@ -14,7 +14,7 @@ use crate::{
     run::{Hashed, sha256_file},
 };
 use serde::Deserialize;
-use std::{collections::BTreeMap, fs};
+use std::collections::BTreeMap;
 
 /// The model that update 1 starts from.
 pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Model<D>> {
@@ -68,7 +68,7 @@ pub(super) fn resolve_warm_up(config: &mut Config, progress: &Progress) -> Resul
         let files = ["training_state/state.json", "training_state.json"].map(|name| folder.join(name));
         match files.iter().find(|f| f.exists()) {
             Some(path) => {
-                let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+                let bytes = crate::checkpoint::read_text(path)?;
                 let counts: Counts = serde_json::from_slice(&bytes).map_err(|e| {
                     Error::request(format!("'{}' is not a training state: {e}", path.display()))
                         .help("say with [model] warmed_up_steps how many updates the model has seen")

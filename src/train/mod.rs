@@ -16,6 +16,7 @@ pub mod phase;
 pub mod plan;
 pub mod prune;
 mod quantised;
+mod run_lock;
 pub mod schedule;
 pub mod session;
 mod share;

@@ -7,6 +7,7 @@ use super::{
     inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, MergeRow, Metrics, Row, UpdateRow},
     plan::reserve,
+    run_lock::RunLock,
     state,
     tokens::{TokenShard, Windows},
     trainer::{Trainer, Update, UpdateOutcome},
@@ -35,6 +36,7 @@ use std::{
 #[derive(Debug, Serialize)]
 pub struct Summary {
     /// The run directory.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub run: PathBuf,
     /// `full`, `lora` or `relora`.
     pub mode: Mode,
@@ -57,6 +59,7 @@ pub struct Summary {
     /// Updates skipped because loss or gradient were not finite.
     pub skipped: u64,
     /// The final checkpoint.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub checkpoint: PathBuf,
     /// Bytes of memory at the peak of this process (Linux).
     pub peak_memory: Option<u64>,
@@ -84,6 +87,8 @@ pub struct Session<D: Device> {
     /// Of the process that writes.
     metrics: Option<Metrics>,
     progress: Progress,
+    /// Of the process that writes.
+    _lock: Option<RunLock>,
     /// Whether to save a checkpoint and stop.
     interrupted: bool,
     started: Instant,
@@ -134,7 +139,7 @@ impl<D: Device> Session<D> {
         alike::check(&**collective, config.to_toml()?, &manifest.data, &trainer.model, trainer.step)?;
         let dir = RunDir(dir.to_owned());
         if !collective.is_leader() {
-            return Ok(Self::new(dir, manifest, trainer, validation, None, progress));
+            return Ok(Self::new(dir, manifest, trainer, validation, (None, None), progress));
         }
         let inputs = Inputs::of([&config.data.train]);
         let staged = StagedDir::create(Target::folder(&dir.0, Holds::Run, false, &inputs)?)?;
@@ -142,9 +147,14 @@ impl<D: Device> Session<D> {
         fs::write(&config_path, config.to_toml()?).map_err(|e| Error::io("write", &config_path, e))?;
         write_manifest(&staged.path().join("manifest.json"), &manifest)?;
         companions::collect(&config, trainer.shard(), &staged.path().join(RunDir::TOKENIZER), progress)?;
-        staged.commit()?;
+        // Before the run can be seen.
+        let lock = RunLock::acquire(staged.path(), &dir.0, progress)?;
+        if let Err(e) = staged.commit() {
+            // Where another process was faster, say which.
+            return Err(if dir.0.is_dir() { RunLock::acquire(&dir.0, &dir.0, progress).err().unwrap_or(e) } else { e });
+        }
         let metrics = Metrics::open(&dir.metrics_path(), 0)?;
-        Ok(Self::new(dir, manifest, trainer, validation, Some(metrics), progress))
+        Ok(Self::new(dir, manifest, trainer, validation, (Some(metrics), Some(lock)), progress))
     }
 
     /// [`Session::create`], or [`Session::resume`] if the run exists and has this configuration. `None`: it is finished.
@@ -186,6 +196,11 @@ impl<D: Device> Session<D> {
     ) -> Result<Session<D>> {
         let dir = RunDir(dir.to_owned());
         let mut manifest = dir.manifest()?;
+        let lock = collective.is_leader().then(|| RunLock::acquire(&dir.0, &dir.0, progress)).transpose()?;
+        if lock.is_some() {
+            // Another process may have written it before the lock was free.
+            manifest = dir.manifest()?;
+        }
         if manifest.finished {
             return Err(Error::request(format!("run '{}' is finished", dir.0.display()))
                 .help("start a new run from its last checkpoint with [model] checkpoint"));
@@ -221,7 +236,7 @@ impl<D: Device> Session<D> {
         progress.info(&format!("resuming '{}' after update {}", dir.0.display(), trainer.step));
         let validation = open_validation(&trainer)?;
         let metrics = collective.is_leader().then(|| Metrics::open(&dir.metrics_path(), trainer.step)).transpose()?;
-        Ok(Self::new(dir, manifest, trainer, validation, metrics, progress))
+        Ok(Self::new(dir, manifest, trainer, validation, (metrics, lock), progress))
     }
 
     fn new(
@@ -229,7 +244,7 @@ impl<D: Device> Session<D> {
         manifest: Manifest,
         trainer: Trainer<D>,
         validation: Option<(TokenShard, Windows)>,
-        metrics: Option<Metrics>,
+        (metrics, lock): (Option<Metrics>, Option<RunLock>),
         progress: &Progress,
     ) -> Session<D> {
         let on_gpu = trainer.model.device().peak_memory().is_some();
@@ -240,6 +255,7 @@ impl<D: Device> Session<D> {
             validation,
             metrics,
             progress: progress.clone(),
+            _lock: lock,
             interrupted: false,
             started: Instant::now(),
             train_seconds: 0.0,

@@ -223,7 +223,7 @@ pub fn seal(folder: &Path) -> Result<BTreeMap<String, String>> {
 /// Checks the checkpoint in `folder` against the hashes inside it.
 pub fn check_seal(folder: &Path) -> Result<()> {
     let path = folder.join(STATE_FOLDER).join(HASHES);
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let bytes = crate::checkpoint::read_text(&path)?;
     let expected: BTreeMap<String, String> = serde_json::from_slice(&bytes)
         .map_err(|e| Error::request(format!("'{}' is not a list of hashes: {e}", path.display())))?;
     for (name, expected) in expected {
@@ -241,7 +241,7 @@ pub fn check_seal(folder: &Path) -> Result<()> {
 
 fn counters(folder: &Path) -> Result<Counters> {
     let path = folder.join(STATE_FOLDER).join(COUNTERS);
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let bytes = crate::checkpoint::read_text(&path)?;
     serde_json::from_slice(&bytes)
         .map_err(|e| Error::request(format!("'{}' is not a training state: {e}", path.display())))
 }

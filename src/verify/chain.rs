@@ -1,29 +1,32 @@
 //! The story the manifest tells: cycles follow each other without a gap, and each is what it claims.
 
-use super::{Findings, Mismatch};
+use super::{Findings, metrics, settings};
 use crate::{
     adapter::{Adapter, Module},
     delta::LowRank,
     error::Result,
     progress::Progress,
-    run::{CycleRecord, Manifest, RunDir},
+    run::{Manifest, RunDir},
     spectrum::{
         factored,
         schedule::{self, Budget, Need},
         svd::{Method, Way},
     },
 };
-use serde_json::Value;
 
 /// Numbers, folders and steps of the cycles, and the updates of `metrics.jsonl`.
 pub(super) fn check(dir: &RunDir, manifest: &Manifest) -> Result<Findings> {
     let mut findings = Findings::default();
     let base_step = manifest.base.as_ref().map(|b| b.step);
+    check_mode(manifest, &mut findings);
     if manifest.cycles.is_empty() {
         findings.notes.push("no cycle is finished: there is no update to recompute".into());
     } else {
         findings.expect(base_step.is_some(), "base", || "the manifest lists cycles but no base they start from".into());
     }
+    findings.expect(base_step.is_none_or(|step| step >= manifest.first_step), "base", || {
+        format!("it is of step {}, the run began at {}", base_step.unwrap_or(0), manifest.first_step)
+    });
     let mut expected = base_step.unwrap_or(0);
     for (number, record) in (1..).zip(&manifest.cycles) {
         let what = format!("cycle {}", record.cycle);
@@ -41,6 +44,10 @@ pub(super) fn check(dir: &RunDir, manifest: &Manifest) -> Result<Findings> {
         expected = record.last_step;
     }
     if let Some(checkpoint) = &manifest.checkpoint {
+        let folder = RunDir::checkpoint_folder(checkpoint.step);
+        findings.expect(checkpoint.folder == folder, "checkpoint", || {
+            format!("its folder is '{}', expected '{}'", checkpoint.folder.display(), folder.display())
+        });
         findings.expect(
             !manifest.finished || manifest.cycles.is_empty() || checkpoint.step == expected,
             "checkpoint",
@@ -50,47 +57,30 @@ pub(super) fn check(dir: &RunDir, manifest: &Manifest) -> Result<Findings> {
         findings.expect(!manifest.finished, "checkpoint", || "the run is finished but lists no checkpoint".into());
     }
     findings.detail = format!("{} cycles, last step {expected}", manifest.cycles.len());
-    check_metrics(dir, manifest, &mut findings);
+    metrics::check(dir, manifest, &mut findings);
+    settings::check(dir, manifest, &mut findings);
     Ok(findings)
 }
 
-/// Updates are numbered 1, 2, 3, ... and belong to the cycles the manifest says.
-fn check_metrics(dir: &RunDir, manifest: &Manifest, findings: &mut Findings) {
-    let Ok(text) = std::fs::read_to_string(dir.metrics_path()) else {
-        findings.notes.push("metrics.jsonl is not here and was not checked".into());
-        return;
-    };
-    let mut step = manifest.first_step;
-    for (line, text) in (1..).zip(text.lines()) {
-        let Ok(row) = serde_json::from_str::<Value>(text) else {
-            findings.mismatches.push(Mismatch::new(format!("metrics.jsonl line {line}"), "it is not JSON"));
-            return;
-        };
-        // Evaluations and merges have rows of their own.
-        if row.get("eval_loss").is_some() || row.get("retention").is_some() {
-            continue;
+/// What a run of its mode must have.
+fn check_mode(manifest: &Manifest, findings: &mut Findings) {
+    let (mode, cycles) = (manifest.mode.as_str(), manifest.cycles.len());
+    match mode {
+        "full" => {
+            findings.expect(cycles == 0 && manifest.base.is_none(), "mode", || {
+                format!("it is full, which has no base and no cycles, but {cycles} cycles are listed")
+            });
         }
-        step += 1;
-        let what = format!("metrics.jsonl line {line}");
-        if row["step"].as_u64() != Some(step) {
-            let detail = format!("expected update {step}, found {}", row["step"]);
-            findings.mismatches.push(Mismatch::new(what, detail));
-            return;
+        "lora" | "relora" => {
+            findings.expect(!manifest.finished || manifest.base.is_some(), "base", || {
+                format!("the run is finished and of mode {mode}, but the manifest lists no base")
+            });
+            findings.expect(!manifest.finished || cycles > 0, "cycles", || {
+                format!("the run is finished and of mode {mode}, but the manifest lists no cycle")
+            });
         }
-        let covers = |c: &&CycleRecord| c.first_step < step && step <= c.last_step;
-        let claimed = manifest.cycles.iter().find(covers).map(|c| c.cycle);
-        if let (Some(cycle), Some(found)) = (claimed, row["cycle"].as_u64())
-            && cycle != found
-        {
-            let detail = format!("update {step} is of cycle {found}, the manifest says {cycle}");
-            findings.mismatches.push(Mismatch::new(what, detail));
-            return;
-        }
+        _ => findings.expect(false, "mode", || format!("it is '{mode}', expected full, lora or relora")),
     }
-    let claimed = manifest.checkpoint.as_ref().map_or(0, |c| c.step);
-    findings.expect(step >= claimed, "metrics.jsonl", || {
-        format!("it ends at update {step}, the checkpoint is of step {claimed}")
-    });
 }
 
 /// Each adapter has the rank and the scale of its record, in its configuration and in its factors. A product `B @ A`

@@ -6,6 +6,8 @@
 
 mod chain;
 mod files;
+mod metrics;
+mod settings;
 mod sum;
 
 pub use sum::{WeightCheck, WeightKind};
@@ -25,6 +27,7 @@ pub struct Verification {
     /// Version of this layout.
     pub schema: u32,
     /// The run directory.
+    #[serde(serialize_with = "crate::escape::lossy")]
     pub run: PathBuf,
     /// Whether everything that was recomputed agrees.
     pub verified: bool,

@@ -80,7 +80,11 @@ pub fn write_checkpoint(folder: &Path, dtype: Dtype, weights: &Weights) {
 pub fn write_run(root: &Path, spec: Spec) -> PathBuf {
     let run = root.join("run");
     fs::create_dir_all(&run).unwrap();
-    fs::write(run.join("config.toml"), "").unwrap();
+    let steps = spec.cycles * spec.steps_per_cycle + 5;
+    let config =
+        format!("[train]\nmode = \"relora\"\nnum_training_steps = {steps}\nseed = 0\n[relora]\nlora_r = {}\n", spec.r);
+    fs::write(run.join("config.toml"), config).unwrap();
+    write_metrics(&run, spec, steps);
     let mut weights = Weights::new();
     for (i, (module, m, n)) in MODULES.into_iter().enumerate() {
         weights.insert(format!("{module}.weight"), (vec![m, n], rounded(spec.dtype, &noise(i as u64, m * n))));
@@ -124,6 +128,13 @@ pub fn write_run(root: &Path, spec: Spec) -> PathBuf {
     };
     write_manifest(&run, &manifest);
     run
+}
+
+/// Writes `metrics.jsonl` of so many updates: five of the warm start, then the cycles.
+pub fn write_metrics(run: &Path, spec: Spec, steps: u64) {
+    let cycle = |step: u64| if step <= 5 { 0 } else { (step - 6) / spec.steps_per_cycle + 1 };
+    let row = |step| format!("{{\"step\":{step},\"cycle\":{}}}\n", cycle(step));
+    fs::write(run.join("metrics.jsonl"), (1..=steps).map(row).collect::<String>()).unwrap();
 }
 
 /// Writes one cycle's adapter and merges it into `weights`, in f32 and rounded once.

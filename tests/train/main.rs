@@ -6,6 +6,7 @@ mod common;
 
 mod cli;
 mod cuda;
+mod forgeries;
 mod generate;
 mod golden;
 mod options;

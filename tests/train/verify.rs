@@ -1,7 +1,9 @@
 //! `relora-kit verify`: an honest run passes, and each way of tampering is caught and named.
 
 use crate::common;
-use crate::common::synthetic_run::{Spec, read_manifest, rounded, write_checkpoint, write_manifest, write_run};
+use crate::common::synthetic_run::{
+    Spec, read_manifest, rounded, write_checkpoint, write_manifest, write_metrics, write_run,
+};
 use crate::common::{refused, run, small_run::SmallRun};
 use relora_kit::{
     adapter::AdapterConfig,
@@ -158,7 +160,7 @@ fn a_rank_that_is_less_than_claimed_is_caught() {
     rehash(&path, |_| ());
     caught(&path, &["cycle 2, 'model.layers.0.self_attn.q_proj': its delta has rank 1, the manifest claims 4"]);
     rehash(&path, |m| m.cycles[1].r = 5);
-    caught(&path, &["its rank is 4, the manifest says 5"]);
+    caught(&path, &["config.toml: relora.lora_r is 4, the manifest says 5"]);
 }
 
 /// One entry of one final weight, moved by eight units in the last place, after the hashes were made to fit.
@@ -252,6 +254,7 @@ fn a_checkpoint_inside_a_cycle_is_verified_by_its_frozen_weights() {
         });
     };
     write_state(&frozen);
+    write_metrics(&path, Spec::default(), 38);
     let (code, text) = verify(&path);
     assert_eq!(code, 0, "{text}");
     frozen.values_mut().next().unwrap().1[0] += 1.0;

@@ -81,7 +81,7 @@ pub struct Gguf {
 impl Gguf {
     /// Opens a file and checks its header. Allocates no more than the file's own size can ask for.
     pub fn open(path: &Path) -> Result<Gguf> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let file = crate::inputs::open(path)?;
         let len = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let mut header = Header { reader: BufReader::with_capacity(1 << 16, &file), path, at: 0, len };
         let (metadata, tensors) = header.read()?;

@@ -3,6 +3,7 @@
 use super::data::Series;
 use crate::{
     error::{Error, Result},
+    escape,
     spectrum::CycleSummary,
 };
 use plotters::{coord::ranged1d::Ranged, prelude::*};
@@ -137,7 +138,11 @@ fn draw(figure: impl FnOnce(&Area) -> Result<()>) -> Result<String> {
 
 fn frame<'a, 'b>(root: &'a Area<'b>, title: &str) -> Result<ChartBuilder<'a, 'b, SVGBackend<'b>>> {
     let mut builder = ChartBuilder::on(root);
-    builder.margin(8).x_label_area_size(40).y_label_area_size(56).caption(title, ("sans-serif", 17, &INK));
+    builder
+        .margin(8)
+        .x_label_area_size(40)
+        .y_label_area_size(56)
+        .caption(escape::line(title), ("sans-serif", 17, &INK));
     Ok(builder)
 }
 

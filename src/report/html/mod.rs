@@ -4,7 +4,7 @@ mod charts;
 mod data;
 
 use super::spectrum::{number, optional, plural, range};
-use crate::{error::Result, spectrum::Spectrum};
+use crate::{error::Result, escape, spectrum::Spectrum};
 use std::fmt::Write;
 
 /// The page. `spectrum` must hold all singular values.
@@ -34,8 +34,10 @@ fn labels(s: &Spectrum) -> Vec<String> {
     s.sources.iter().map(|s| s.label.clone()).collect()
 }
 
+/// Text for an element or a quoted attribute: the one way in which text comes into the page.
 pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    let text = escape::line(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    text.replace('"', "&quot;").replace('\'', "&#39;")
 }
 
 fn verdict(s: &Spectrum) -> String {
@@ -203,7 +205,7 @@ fn sources(s: &Spectrum) -> String {
         let what = escape(&format!("{} ({}): {}{base}", source.label, source.kind, source.path.display()));
         let _ = writeln!(rows, "<tr><th colspan=\"2\">{what}</th></tr>");
         for (file, hash) in &source.files {
-            let _ = writeln!(rows, "<tr><td>{}</td><td><code>{hash}</code></td></tr>", escape(file));
+            let _ = writeln!(rows, "<tr><td>{}</td><td><code>{}</code></td></tr>", escape(file), escape(hash));
         }
     }
     format!("<section><h2>Sources</h2>\n<table class=\"sources\">\n{rows}</table></section>\n")

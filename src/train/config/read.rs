@@ -1,14 +1,21 @@
 //! From a TOML file and `--set` to a checked configuration.
 
 use super::Config;
-use crate::error::{Error, Result};
-use std::{fs, path::Path};
+use crate::{
+    error::{Error, Result},
+    inputs,
+};
+use std::path::Path;
+
+/// Bytes of the largest configuration that is read.
+const MAX_BYTES: u64 = 10_000_000;
 
 impl Config {
     /// Reads `path`, replaces the keys named in `set` (`section.key=value`), and checks the result.
     /// Paths in the file are relative to the file's folder, those in `set` to the current one.
     pub fn read(path: &Path, set: &[String]) -> Result<Config> {
-        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        let text = String::from_utf8(inputs::read(path, MAX_BYTES)?)
+            .map_err(|_| Error::request(format!("'{}' is not UTF-8 text, expected TOML", path.display())))?;
         Config::parse(&text, path, set)
     }
 
@@ -147,7 +154,7 @@ mod tests {
     fn read(text: &str, set: &[&str]) -> Result<Config> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.toml");
-        fs::write(&path, text).unwrap();
+        std::fs::write(&path, text).unwrap();
         Config::read(&path, &set.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
     }
 
