@@ -12,11 +12,11 @@ use std::{fs, path::Path};
 /// The name PEFT gives it.
 pub const CONFIG_NAME: &str = "adapter_config.json";
 
-/// A PEFT `LoraConfig`. What the merge does not depend on is kept in `other` and written back unchanged.
+/// A PEFT configuration, with the settings of LoRA as fields. What these do not name is kept in `other` and written back unchanged.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AdapterConfig {
-    /// `LORA`; every other method is refused when an adapter is opened.
+    /// `LORA`, `LOHA`, ...: what [`types`](super::types) knows by this name.
     pub peft_type: String,
     /// `CAUSAL_LM`, `SEQ_CLS`, ...
     pub task_type: Option<String>,
@@ -62,6 +62,9 @@ pub struct AdapterConfig {
     /// Everything else.
     #[serde(flatten)]
     pub other: Map<String, Value>,
+    /// The whole object as it stands in the file, for types other than LoRA.
+    #[serde(skip)]
+    pub raw: Map<String, Value>,
 }
 
 impl Default for AdapterConfig {
@@ -86,6 +89,7 @@ impl Default for AdapterConfig {
             trainable_token_indices: None,
             init_lora_weights: Value::Bool(true),
             other: Map::new(),
+            raw: Map::new(),
         }
     }
 }
@@ -114,10 +118,63 @@ impl AdapterConfig {
     pub fn open(path: &Path) -> Result<AdapterConfig> {
         let text = read_text(path)
             .map_err(|e| e.help("name a folder with adapter_config.json and adapter_model.safetensors"))?;
-        serde_json::from_slice(&text).map_err(|e| {
+        Self::parse(&text).map_err(|e| {
             Error::request(format!("'{}' is not a valid adapter configuration: {e}", path.display()))
                 .help("save the adapter again with PEFT's save_pretrained")
         })
+    }
+
+    fn parse(text: &[u8]) -> serde_json::Result<AdapterConfig> {
+        let Ok(Value::Object(mut config)) = serde_json::from_slice(text) else { return serde_json::from_slice(text) };
+        if matches!(config.get("peft_type"), None | Some(Value::String(_)))
+            && config.get("peft_type").is_none_or(|kind| kind == "LORA")
+        {
+            return serde_json::from_slice(text);
+        }
+        // Other types give these names to other things: AdaLoRA's rank_pattern holds lists, some ranks are absent.
+        let numbers = |value: &Value| value.as_object().is_some_and(|map| map.values().all(Value::is_number));
+        for key in ["rank_pattern", "alpha_pattern"] {
+            if config.get(key).is_some_and(|value| !numbers(value)) {
+                config.remove(key);
+            }
+        }
+        let own = config.clone();
+        for (key, fits) in [
+            ("r", Value::is_u64 as fn(&Value) -> bool),
+            ("lora_alpha", Value::is_number),
+            ("use_rslora", Value::is_boolean),
+            ("use_dora", Value::is_boolean),
+            ("fan_in_fan_out", Value::is_boolean),
+            ("bias", Value::is_string),
+            ("lora_bias", Value::is_boolean),
+        ] {
+            if config.get(key).is_some_and(|value| !fits(value)) {
+                config.remove(key);
+            }
+        }
+        let mut parsed: AdapterConfig = serde_json::from_value(Value::Object(config))?;
+        parsed.raw = own;
+        Ok(parsed)
+    }
+
+    /// The number under `key`, for settings of one type.
+    pub fn number(&self, key: &str) -> Option<f64> {
+        self.raw.get(key)?.as_f64()
+    }
+
+    /// The whole number under `key`.
+    pub fn integer(&self, key: &str) -> Option<usize> {
+        self.raw.get(key)?.as_u64().map(|n| n as usize)
+    }
+
+    /// The truth value under `key`; `false` where there is none.
+    pub fn flag(&self, key: &str) -> bool {
+        self.raw.get(key).and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    /// The text under `key`.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.raw.get(key)?.as_str()
     }
 
     /// Writes it as PEFT does, whole numbers without a fraction.

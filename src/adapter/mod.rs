@@ -1,16 +1,19 @@
-//! LoRA as PEFT stores it: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+//! Adapters as PEFT stores them: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! Letters: A is `[r, in]`, B is `[out, r]`, the delta of a weight `[out, in]` is `scaling * B @ A`.
+//! What an adapter does to a weight is the matter of its type: [`types`].
 
 mod bin;
 pub mod config;
 pub mod names;
 mod pattern;
 mod save;
+pub mod types;
 
 pub use config::AdapterConfig;
-pub use names::Part;
 pub use save::{FullTensor, NewModule, save, save_with};
+pub use types::{AdapterType, Site, lora::LoraModule};
+
+use names::Key;
 
 use crate::{
     checkpoint::{Tensor, TensorFile},
@@ -31,9 +34,26 @@ pub const CYCLE_KEY: &str = "relora_cycle";
 pub struct Adapter {
     path: PathBuf,
     config: AdapterConfig,
+    kind: &'static dyn AdapterType,
     file: TensorFile,
-    // Module (or parameter, for `Part::Full` and `Part::Base`) -> parts -> position in the file.
-    parts: BTreeMap<String, BTreeMap<Part, usize>>,
+    /// Module -> slot -> position in the file. The tensors that all modules share belong to the module [`SHARED`].
+    modules: BTreeMap<String, BTreeMap<String, usize>>,
+    /// Everything else, by the name of the parameter, or of the module for rows.
+    others: BTreeMap<(String, Stored), usize>,
+}
+
+/// The name of no module: what its tensors would be are shared by all.
+const SHARED: &str = "";
+
+/// How a tensor is stored that belongs to no update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stored {
+    /// A parameter of the layer below an adapter (`base_layer.weight`), saved along with it.
+    Base,
+    /// A parameter that replaces the model's: a saved module, a bias.
+    Full,
+    /// `[tokens, dimension]`: rows that replace an embedding's.
+    TokenRows,
 }
 
 /// Whether a folder is an adapter: it holds a configuration and tensors.
@@ -55,36 +75,36 @@ impl Adapter {
     /// Opens a PEFT folder and checks that its tensors fit each other and the configuration.
     pub fn open(path: &Path) -> Result<Adapter> {
         let config = AdapterConfig::open(&path.join(config::CONFIG_NAME))?;
-        if config.peft_type != "LORA" {
-            return Err(Error::request(format!(
-                "'{}' is a {} adapter, expected LORA",
-                path.display(),
-                config.peft_type
-            )));
-        }
+        let kind = types::find(&config.peft_type, path)?;
         let file = open_tensors(path)?;
-        let mut parts: BTreeMap<String, BTreeMap<Part, usize>> = BTreeMap::new();
+        let (mut modules, mut others) = (BTreeMap::<String, BTreeMap<String, usize>>::new(), BTreeMap::new());
         for (i, tensor) in file.tensors().enumerate() {
-            let (module, part) = names::parse_key(tensor.name()).ok_or_else(|| {
-                Error::request(format!(
-                    "'{}' holds '{}', which is no known kind of LoRA tensor",
-                    file.path().display(),
-                    tensor.name()
-                ))
-            })?;
-            if let Some(other) = parts.entry(module.clone()).or_default().insert(part, i) {
+            let (owner, before) = match names::parse_key(tensor.name(), kind) {
+                Some(Key::Slot { module, slot }) => {
+                    let before = modules.entry(module.clone()).or_default().insert(slot, i);
+                    (module, before)
+                }
+                Some(Key::Stored { name, stored }) => (name.clone(), others.insert((name, stored), i)),
+                None => {
+                    return Err(Error::request(format!(
+                        "'{}' holds '{}', which is no known kind of {} tensor",
+                        file.path().display(),
+                        tensor.name(),
+                        kind.name()
+                    )));
+                }
+            };
+            if let Some(other) = before {
                 return Err(Error::request(format!(
-                    "'{}' holds two tensors for '{module}': '{}' and '{}'",
+                    "'{}' holds two tensors for '{owner}': '{}' and '{}'",
                     file.path().display(),
                     file.tensor(other).name(),
                     tensor.name()
                 )));
             }
         }
-        let adapter = Adapter { path: path.to_owned(), config, file, parts };
-        for module in adapter.modules() {
-            module?;
-        }
+        let adapter = Adapter { path: path.to_owned(), config, kind, file, modules, others };
+        adapter.modules().try_for_each(|module| kind.check(&module))?;
         Ok(adapter)
     }
 
@@ -98,6 +118,11 @@ impl Adapter {
         &self.config
     }
 
+    /// What its tensors mean.
+    pub fn kind(&self) -> &'static dyn AdapterType {
+        self.kind
+    }
+
     /// `adapter_model.safetensors`.
     pub fn file(&self) -> &TensorFile {
         &self.file
@@ -109,126 +134,88 @@ impl Adapter {
         self.file.metadata().get(CYCLE_KEY)?.parse().ok()
     }
 
-    /// The modules with a low-rank delta, by name. [`Adapter::open`] has checked them: on an opened adapter no item is
-    /// an error.
-    pub fn modules(&self) -> impl Iterator<Item = Result<Module<'_>>> {
-        self.parts.iter().filter_map(|(name, parts)| self.module(name, parts).transpose())
+    /// The modules that it updates, by name.
+    pub fn modules(&self) -> impl Iterator<Item = Module<'_>> {
+        let own = self.modules.iter().filter(|(name, _)| *name != SHARED);
+        own.map(|(name, slots)| Module { adapter: self, name, slots })
     }
 
-    /// The tensors that are not factors: parameters stored in full, by parameter name, and replaced token rows, by
-    /// module name.
-    pub fn others(&self) -> impl Iterator<Item = (&str, Part, Tensor<'_>)> {
-        self.parts.iter().flat_map(move |(name, parts)| {
-            let plain = |part: &Part| matches!(part, Part::Full | Part::Base | Part::TokenRows);
-            parts.iter().filter(move |(p, _)| plain(p)).map(|(&p, &i)| (name.as_str(), p, self.file.tensor(i)))
-        })
+    /// The modules of a LoRA, by name. [`Adapter::open`] has checked them: on an opened LoRA no item is an error; on an
+    /// adapter of another type every one is.
+    pub fn lora_modules(&self) -> impl Iterator<Item = Result<LoraModule<'_>>> {
+        self.modules().map(|module| LoraModule::of(&module))
     }
 
-    fn module<'a>(&'a self, name: &'a str, parts: &BTreeMap<Part, usize>) -> Result<Option<Module<'a>>> {
-        let get = |part| parts.get(&part).map(|&i: &usize| self.file.tensor(i));
-        let bad = |what: String| {
-            Error::request(format!("module '{name}' in '{}': {what}", self.file.path().display()))
-                .help("the adapter is damaged or incomplete: download or save it again")
-        };
-        let (a, b, kind) = match (get(Part::A), get(Part::B), get(Part::EmbeddingA), get(Part::EmbeddingB)) {
-            (Some(a), Some(b), None, None) => (a, b, ModuleKind::Linear),
-            (None, None, Some(a), Some(b)) => (a, b, ModuleKind::Embedding),
-            (None, None, None, None) if get(Part::Magnitude).is_none() && get(Part::BiasB).is_none() => {
-                return Ok(None);
-            }
-            _ => return Err(bad("expected one A and one B factor, found only part of them".into())),
-        };
-        if a.shape().len() > 2 {
-            return Err(Error::request(format!(
-                "module '{name}' in '{}' is a convolution, of which A {:?} and B {:?} are the factors: only linear layers and \
-                 embeddings are supported",
-                self.file.path().display(),
-                a.shape(),
-                b.shape()
-            ))
-            .help("merge this adapter with PEFT"));
-        }
-        let (&[r, n], &[m, r_b]) = (a.shape(), b.shape()) else {
-            return Err(bad(format!("expected matrices A and B, found shapes {:?} and {:?}", a.shape(), b.shape())));
-        };
-        if r != r_b || r == 0 {
-            return Err(bad(format!("A {:?} and B {:?} do not share a rank above 0", a.shape(), b.shape())));
-        }
-        let vector = |part, what: &str| match get(part) {
-            Some(v) if v.elements() != m => {
-                Err(bad(format!("{what} has shape {:?}, expected {m} elements", v.shape())))
-            }
-            v => Ok(v),
-        };
-        let (magnitude, bias) = (vector(Part::Magnitude, "the DoRA magnitude")?, vector(Part::BiasB, "the bias of B")?);
-        let configured = self.config.rank_of(name);
-        if configured == 0 {
-            return Err(bad("adapter_config.json gives it rank 0, expected at least 1".into()));
-        }
-        // Expert parameters stack one pair of factors per expert along the rank.
-        let experts = match self.config.target_parameters.as_deref() {
-            Some([_, ..]) if r % configured == 0 => r / configured,
-            _ => 1,
-        };
-        if r != configured * experts {
-            return Err(bad(format!("its factors have rank {r}, adapter_config.json says {configured}")));
-        }
-        Ok(Some(Module {
-            name,
-            kind,
-            a,
-            b,
-            magnitude,
-            bias,
-            r: configured,
-            experts,
-            out_features: m,
-            in_features: n,
-            scaling: self.config.scaling_of(name),
-        }))
+    /// The tensor of a slot that all modules share.
+    pub fn shared(&self, slot: &str) -> Option<Tensor<'_>> {
+        self.modules.get(SHARED)?.get(slot).map(|&i| self.file.tensor(i))
+    }
+
+    /// The slots that all modules share, in their order.
+    pub fn shared_slots(&self) -> impl Iterator<Item = &str> {
+        self.modules.get(SHARED).into_iter().flat_map(|slots| slots.keys().map(String::as_str))
+    }
+
+    /// The tensors that belong to no update, by name.
+    pub fn others(&self) -> impl Iterator<Item = (&str, Stored, Tensor<'_>)> {
+        self.others.iter().map(|((name, stored), &i)| (name.as_str(), *stored, self.file.tensor(i)))
     }
 }
 
-/// What kind of weight a delta belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ModuleKind {
-    /// `y = x Wᵀ`: W is `[out, in]` (or `[in, out]` with `fan_in_fan_out`).
-    Linear,
-    /// W is `[vocabulary, dimension]`, its delta `scaling * (B @ A)ᵀ`.
-    Embedding,
-}
-
-/// The low-rank delta of one module, as stored.
+/// A module that an adapter updates, with the tensors stored for it.
 #[derive(Clone, Copy)]
 pub struct Module<'a> {
-    /// Name inside the model: `model.layers.0.self_attn.q_proj`.
-    pub name: &'a str,
-    /// Linear or embedding.
-    pub kind: ModuleKind,
-    /// `[r, in]`, or `[r, vocabulary]`.
-    pub a: Tensor<'a>,
-    /// `[out, r]`, or `[dimension, r]`.
-    pub b: Tensor<'a>,
-    /// DoRA's magnitude, one per output.
-    pub magnitude: Option<Tensor<'a>>,
-    /// The bias of B, one per output.
-    pub bias: Option<Tensor<'a>>,
-    /// Rank (of one expert, where there are several).
-    pub r: usize,
-    /// How many pairs of factors A and B are stacked along the rank; 1 except for expert parameters.
-    pub experts: usize,
-    /// Rows of B.
-    pub out_features: usize,
-    /// Columns of A.
-    pub in_features: usize,
-    /// What `B @ A` is multiplied with.
-    pub scaling: f64,
+    adapter: &'a Adapter,
+    name: &'a str,
+    slots: &'a BTreeMap<String, usize>,
 }
 
-impl Module<'_> {
+impl<'a> Module<'a> {
+    /// Name inside the model: `model.layers.0.self_attn.q_proj`.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
+    /// The adapter it belongs to.
+    pub fn adapter(&self) -> &'a Adapter {
+        self.adapter
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &'a AdapterConfig {
+        &self.adapter.config
+    }
+
     /// The weight it changes, for models whose tensors are named as the adapter's: `NAME.weight`.
     pub fn tensor_name(&self) -> String {
         format!("{}.weight", self.name)
+    }
+
+    /// The tensor of a slot.
+    pub fn get(&self, slot: &str) -> Option<Tensor<'a>> {
+        self.slots.get(slot).map(|&i| self.adapter.file.tensor(i))
+    }
+
+    /// The tensor of a slot that the update cannot do without.
+    pub fn need(&self, slot: &str) -> Result<Tensor<'a>> {
+        self.get(slot).ok_or_else(|| self.damaged(&format!("it has no '{slot}'")))
+    }
+
+    /// Its slots, in their order.
+    pub fn slots(&self) -> impl Iterator<Item = &'a str> {
+        self.slots.keys().map(String::as_str)
+    }
+
+    /// Its tensors, in the order of its slots.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor<'a>> {
+        let file = &self.adapter.file;
+        self.slots.values().map(move |&i| file.tensor(i))
+    }
+
+    /// The error for tensors that do not fit each other or the configuration.
+    pub fn damaged(&self, what: &str) -> Error {
+        Error::request(format!("module '{}' in '{}': {what}", self.name, self.adapter.file.path().display()))
+            .help("the adapter is damaged or incomplete: download or save it again")
     }
 }
 
@@ -257,7 +244,7 @@ mod tests {
     fn what_is_saved_is_opened() {
         let (dir, a, b) = two_modules();
         let adapter = Adapter::open(dir.path()).unwrap();
-        let modules: Vec<_> = adapter.modules().map(Result::unwrap).collect();
+        let modules: Vec<_> = adapter.lora_modules().map(Result::unwrap).collect();
         assert_eq!(modules.len(), 2);
         assert_eq!(modules[0].tensor_name(), "model.layers.0.self_attn.q_proj.weight");
         assert_eq!((modules[0].r, modules[0].scaling), (2, 1.5));

@@ -1,61 +1,92 @@
 //! Keys of an adapter file <-> names of modules and parameters in the model.
 
+use super::{Stored, types::AdapterType};
+
 /// What PEFT puts in front of the model's own names.
 pub const PREFIX: &str = "base_model.model.";
 
-/// What a tensor of an adapter file is to its module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Part {
-    /// `lora_A.weight`, `[r, in]`.
-    A,
-    /// `lora_B.weight`, `[out, r]`.
-    B,
-    /// `lora_B.bias`, `[out]`.
-    BiasB,
-    /// `lora_embedding_A`, `[r, vocabulary]`.
-    EmbeddingA,
-    /// `lora_embedding_B`, `[dimension, r]`.
-    EmbeddingB,
-    /// `lora_magnitude_vector`, `[out]` (DoRA).
-    Magnitude,
-    /// `token_adapter.trainable_tokens_delta`, `[tokens, dimension]`: rows that replace the embedding's.
-    TokenRows,
-    /// A parameter of the layer below an adapter (`base_layer.weight`, `base_layer.bias`), stored along with it.
-    Base,
-    /// A parameter that replaces the model's: a saved module, a bias.
-    Full,
+/// What PEFT puts in front of tensors that all modules share.
+const SHARED_PREFIX: &str = "base_model.";
+
+/// Whose tensor a key names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// One of the tensors that make the update of `module`, or of all modules if that is empty.
+    Slot {
+        /// Name inside the model.
+        module: String,
+        /// One of the type's [slots](AdapterType::slots).
+        slot: String,
+    },
+    /// A tensor that belongs to no update.
+    Stored {
+        /// The parameter, or for rows the module.
+        name: String,
+        /// How it is stored.
+        stored: Stored,
+    },
 }
 
-/// Splits a key into the module (or, for [`Part::Base`] and [`Part::Full`], the parameter) and its part. `None` for a key that looks like
-/// a LoRA tensor of a kind nobody has told us about.
-pub fn parse_key(key: &str) -> Option<(String, Part)> {
-    let name = key.strip_prefix(PREFIX).unwrap_or(key);
-    for (marker, part, suffix) in [
-        (".lora_A", Part::A, ".weight"),
-        (".lora_B", Part::B, ".weight"),
-        (".lora_B", Part::BiasB, ".bias"),
-        (".lora_embedding_A", Part::EmbeddingA, ""),
-        (".lora_embedding_B", Part::EmbeddingB, ""),
-        (".lora_magnitude_vector", Part::Magnitude, ""),
-        (".lora_magnitude_vector", Part::Magnitude, ".weight"),
-        (".token_adapter.trainable_tokens_delta", Part::TokenRows, ""),
-    ] {
-        // A raw state dict has the adapter's name between the two: `lora_A.default.weight`.
-        if let Some((module, rest)) = name.rsplit_once(marker)
-            && let Some(adapter) = rest.strip_suffix(suffix)
-            && (adapter.is_empty() || adapter.starts_with('.') && adapter[1..].split('.').count() == 1)
-            && !(suffix.is_empty() && adapter == ".weight")
+/// Takes a key of an adapter of type `kind` apart. `None` for a key that looks like one of the type's tensors but is none.
+pub fn parse_key(key: &str, kind: &dyn AdapterType) -> Option<Key> {
+    let name = match (key.strip_prefix(PREFIX), key.strip_prefix(SHARED_PREFIX)) {
+        (Some(name), _) => name.to_owned(),
+        // A dot, because no module stands before the slot.
+        (None, Some(shared)) if find_slot(&format!(".{shared}"), kind).is_some() => format!(".{shared}"),
+        _ => key.to_owned(),
+    };
+    if let Some((module, slot)) = find_slot(&name, kind) {
+        return Some(Key::Slot { module: module.to_owned(), slot });
+    }
+    for rows in [".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta"] {
+        if let Some((module, rest)) = name.rsplit_once(rows)
+            && is_adapter_name(rest)
         {
-            return Some((module.to_owned(), part));
+            return Some(Key::Stored { name: module.to_owned(), stored: Stored::TokenRows });
         }
     }
-    if name.contains(".lora_") || name.contains(".token_adapter.") {
+    if let Some(marker) = kind.replaces()
+        && name.contains(marker)
+    {
+        return Some(Key::Stored { name: name.replace(marker, "."), stored: Stored::Full });
+    }
+    if name.contains(&format!(".{}", kind.prefix())) || name.contains(".token_adapter.") {
         return None;
     }
     if name.contains(".base_layer.") {
-        return Some((name.replace(".base_layer.", "."), Part::Base));
+        return Some(Key::Stored { name: name.replace(".base_layer.", "."), stored: Stored::Base });
     }
-    Some((strip_saved(&name.replace(".original_module.", ".")), Part::Full))
+    let name = strip_saved(&name.replace(".original_module.", "."));
+    Some(Key::Stored { name, stored: Stored::Full })
+}
+
+/// The module and the slot of a name that ends in one of the type's slots: `q_proj.hada_w1_a`, also with `.weight`, and in
+/// raw state dicts with the adapter's name (`lora_A.default.weight`).
+fn find_slot<'n>(name: &'n str, kind: &dyn AdapterType) -> Option<(&'n str, String)> {
+    kind.slots().iter().find_map(|slot| {
+        let (first, rest) = slot.split_once('.').map_or((*slot, ""), |(first, rest)| (first, rest));
+        let (module, tail) = name.rsplit_once(&format!(".{first}"))?;
+        let tail = tail.strip_suffix(".weight").unwrap_or(tail);
+        let plain = |tail: &str| match rest {
+            "" => tail.is_empty().then(|| (*slot).to_owned()),
+            // A number, or a name that the file chooses.
+            "#" => tail.strip_prefix('.').filter(|n| n.parse::<usize>().is_ok()).map(|n| format!("{first}.{n}")),
+            "*" => tail.strip_prefix('.').filter(|n| !n.is_empty() && !n.contains('.')).map(|n| format!("{first}.{n}")),
+            rest => (tail.strip_prefix('.') == Some(rest)).then(|| (*slot).to_owned()),
+        };
+        let without_adapter = || {
+            let (name, after) = tail.strip_prefix('.')?.split_once('.').unwrap_or((tail.strip_prefix('.')?, ""));
+            let after = if after.is_empty() { String::new() } else { format!(".{after}") };
+            let is_name = !name.is_empty() && name != "weight" && name != "bias";
+            is_name.then(|| plain(&after)).flatten()
+        };
+        Some((module, plain(tail).or_else(without_adapter)?))
+    })
+}
+
+/// Nothing, or a dot and one component.
+fn is_adapter_name(rest: &str) -> bool {
+    rest.is_empty() || rest.strip_prefix('.').is_some_and(|name| !name.is_empty() && !name.contains('.'))
 }
 
 /// `score.modules_to_save.default.weight` (raw state dicts) and `score.modules_to_save.weight` -> `score.weight`.
@@ -83,27 +114,35 @@ pub fn key_b(module: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::types::lora::Lora, *};
 
     #[test]
     fn every_kind_of_key_is_understood() {
-        for (key, module, part) in [
-            ("base_model.model.model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj", Part::A),
-            ("base_model.model.q.lora_B.default.weight", "q", Part::B),
-            ("base_model.model.q.lora_B.bias", "q", Part::BiasB),
-            ("base_model.model.wte.lora_embedding_A", "wte", Part::EmbeddingA),
-            ("base_model.model.wte.lora_embedding_B.default", "wte", Part::EmbeddingB),
-            ("base_model.model.q.lora_magnitude_vector", "q", Part::Magnitude),
-            ("base_model.model.q.lora_magnitude_vector.default.weight", "q", Part::Magnitude),
-            ("base_model.model.experts.base_layer.lora_A.weight", "experts.base_layer", Part::A),
-            ("base_model.model.embed.token_adapter.trainable_tokens_delta", "embed", Part::TokenRows),
-            ("base_model.model.embed.base_layer.weight", "embed.weight", Part::Base),
-            ("base_model.model.score.modules_to_save.default.weight", "score.weight", Part::Full),
-            ("base_model.model.score.modules_to_save.dense.weight", "score.dense.weight", Part::Full),
-            ("base_model.model.lm_head.weight", "lm_head.weight", Part::Full),
+        for (key, owner, slot) in [
+            ("base_model.model.model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj", "lora_A"),
+            ("base_model.model.q.lora_B.default.weight", "q", "lora_B"),
+            ("base_model.model.q.lora_B.bias", "q", "lora_B.bias"),
+            ("base_model.model.q.lora_B.default.bias", "q", "lora_B.bias"),
+            ("base_model.model.wte.lora_embedding_A", "wte", "lora_embedding_A"),
+            ("base_model.model.wte.lora_embedding_B.default", "wte", "lora_embedding_B"),
+            ("base_model.model.q.lora_magnitude_vector", "q", "lora_magnitude_vector"),
+            ("base_model.model.q.lora_magnitude_vector.default.weight", "q", "lora_magnitude_vector"),
+            ("base_model.model.experts.base_layer.lora_A.weight", "experts.base_layer", "lora_A"),
         ] {
-            assert_eq!(parse_key(key), Some((module.to_owned(), part)), "{key}");
+            let expected = Key::Slot { module: owner.to_owned(), slot: slot.to_owned() };
+            assert_eq!(parse_key(key, &Lora), Some(expected), "{key}");
         }
-        assert_eq!(parse_key("base_model.model.q.lora_E.weight"), None);
+        for (key, owner, stored) in [
+            ("base_model.model.embed.token_adapter.trainable_tokens_delta", "embed", Stored::TokenRows),
+            ("base_model.model.embed.base_layer.weight", "embed.weight", Stored::Base),
+            ("base_model.model.score.modules_to_save.default.weight", "score.weight", Stored::Full),
+            ("base_model.model.score.modules_to_save.dense.weight", "score.dense.weight", Stored::Full),
+            ("base_model.model.lm_head.weight", "lm_head.weight", Stored::Full),
+        ] {
+            let expected = Key::Stored { name: owner.to_owned(), stored };
+            assert_eq!(parse_key(key, &Lora), Some(expected), "{key}");
+        }
+        assert_eq!(parse_key("base_model.model.q.lora_E.weight", &Lora), None);
+        assert_eq!(parse_key("base_model.model.q.lora_A.bias.weight.x", &Lora), None);
     }
 }

@@ -3,7 +3,7 @@
 //! BLAS's kernels add up in an order of their own on each: the same merge would differ in the last places from machine to
 //! machine, and by more than PEFT's does from the exact sum. Here, every element is one sum from the first term to the last, fused.
 
-use super::Real;
+use super::real::Real;
 use multiversion::multiversion;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 

@@ -10,7 +10,7 @@ pub use stats::Stats;
 pub use tree::Node;
 
 use crate::{
-    adapter::{self, AdapterConfig, config::CONFIG_NAME, names},
+    adapter::{self, AdapterConfig, Stored, config::CONFIG_NAME, names::Key},
     checkpoint::{Checkpoint, Dtype, Filter, Tensor, TensorFile},
     error::{Error, Result},
     progress::Progress,
@@ -188,9 +188,9 @@ impl AdapterSummary {
     fn of(config: &AdapterConfig, file: &TensorFile) -> AdapterSummary {
         let (mut modules, mut full) = (BTreeSet::new(), Vec::new());
         for tensor in file.tensors() {
-            match names::parse_key(tensor.name()) {
-                Some((name, names::Part::Full)) => full.push(name),
-                Some((name, _)) => drop(modules.insert(name)),
+            match adapter::types::parse_key(&config.peft_type, tensor.name()) {
+                Some(Key::Stored { name, stored: Stored::Full }) => full.push(name),
+                Some(Key::Stored { name, .. } | Key::Slot { module: name, .. }) => drop(modules.insert(name)),
                 None => {}
             }
         }

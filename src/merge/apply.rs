@@ -1,12 +1,16 @@
-//! One block of rows: decode, add the deltas, round once, and measure what the rounding kept.
+//! One block of rows: decode, update, round once, and measure what the rounding kept.
 
-use super::{arith, plan::Output, prepared::Prepared};
+use super::{
+    plan::Output,
+    prepared::{Computed, Element, Prepared},
+    row_arithmetic,
+};
 use crate::{
     checkpoint::{Dtype, dtype},
     delta::{Real, unravel},
     error::{Error, Result},
 };
-use ndarray::ArrayViewMut2;
+use ndarray::{ArrayView2, ArrayViewMut2};
 use std::{
     borrow::Cow,
     collections::BTreeMap,
@@ -19,6 +23,8 @@ const CHUNK: usize = 2048;
 /// Buffers of one thread, reused from block to block.
 pub(super) struct Scratch<T> {
     delta: Vec<T>,
+    /// The block before and after updates that read it.
+    whole: [Vec<T>; 2],
     weight: Vec<T>,
     rounded: Vec<T>,
     /// The block as it will be stored.
@@ -28,7 +34,13 @@ pub(super) struct Scratch<T> {
 impl<T: Real> Scratch<T> {
     pub(super) fn new() -> Self {
         let chunk = || vec![T::zero(); CHUNK];
-        Scratch { delta: Vec::new(), weight: chunk(), rounded: chunk(), bytes: Vec::new() }
+        Scratch {
+            delta: Vec::new(),
+            whole: [Vec::new(), Vec::new()],
+            weight: chunk(),
+            rounded: chunk(),
+            bytes: Vec::new(),
+        }
     }
 }
 
@@ -52,7 +64,7 @@ impl AddAssign for Sums {
 }
 
 /// Computes rows `rows` of `output` into `scratch.bytes`, stored as `to`.
-pub(super) fn rows<T: Real>(
+pub(super) fn rows<T: Element>(
     output: &Output,
     to: Dtype,
     prepared: &Prepared<T>,
@@ -65,20 +77,30 @@ pub(super) fn rows<T: Real>(
     let (from_size, to_size) = (from.bitsize() / 8, to.bitsize() / 8);
     scratch.delta.resize(count, T::zero());
     scratch.bytes.resize(count * to_size, 0);
-    let block = ArrayViewMut2::from_shape((rows.len(), columns), &mut scratch.delta)
-        .map_err(|e| Error::environment(format!("block of '{}': {e}", output.spec.name)))?;
-    prepared.delta(&rows, block)?;
-    let changed = !output.terms.is_empty();
-    let plain = changed && prepared.rescale.is_none() && prepared.rounder.is_nearest();
-    let in_one_pass = plain && (from, to) == (Dtype::BF16, Dtype::BF16);
-    let mut sums = Sums::default();
     let stored = &output.source.bytes()[first * from_size..(first + count) * from_size];
     let source = with_tokens(stored, &rows, &prepared.tokens);
+    let shape = (rows.len(), columns);
+    let bad = |e| Error::environment(format!("block of '{}': {e}", output.spec.name));
+    let delta = ArrayViewMut2::from_shape(shape, &mut scratch.delta[..]).map_err(bad)?;
+    let mut computed = Computed::Delta;
+    if prepared.reads_weight() {
+        let [before, after] = &mut scratch.whole;
+        [&mut *before, &mut *after].into_iter().for_each(|buffer| buffer.resize(count, T::zero()));
+        T::decode(from, &source, before)?;
+        let before = ArrayView2::from_shape(shape, &before[..]).map_err(bad)?;
+        let after = ArrayViewMut2::from_shape(shape, &mut after[..]).map_err(bad)?;
+        computed = prepared.compute(&rows, before, after, delta)?;
+    } else {
+        prepared.delta(&rows, delta)?;
+    }
+    let changed = !output.updates.is_empty();
+    let plain = changed && computed == Computed::Delta && prepared.rounder.is_nearest() && size_of::<T>() == 4;
+    let in_one_pass = plain && (from, to) == (Dtype::BF16, Dtype::BF16);
+    let mut sums = Sums::default();
     let chunks = source.chunks(CHUNK * from_size).zip(scratch.bytes.chunks_mut(CHUNK * to_size));
     for (i, ((source, stored), delta)) in chunks.zip(scratch.delta.chunks_mut(CHUNK)).enumerate() {
         if in_one_pass {
-            // Only f64 bases are computed in f64: here T is f32.
-            let (chunk_sums, finite) = arith::merge_bf16(source, bytemuck::cast_slice(delta), stored);
+            let (chunk_sums, finite) = row_arithmetic::merge_bf16(source, bytemuck::cast_slice(delta), stored);
             if finite {
                 sums += chunk_sums;
                 continue;
@@ -86,13 +108,13 @@ pub(super) fn rows<T: Real>(
         }
         let (weight, rounded) = (&mut scratch.weight[..delta.len()], &mut scratch.rounded[..delta.len()]);
         T::decode(from, source, weight)?;
-        match &prepared.rescale {
-            None => arith::add(weight, delta, rounded),
-            Some(rescale) => rescale.apply(first + i * CHUNK, columns, weight, delta, rounded),
+        match computed {
+            Computed::Delta => row_arithmetic::add(weight, delta, rounded),
+            Computed::Weight => rounded.copy_from_slice(&scratch.whole[1][i * CHUNK..][..delta.len()]),
         }
         prepared.rounder.encode(to, first + i * CHUNK, rounded, stored)?;
         T::decode(to, stored, rounded)?;
-        let (chunk_sums, finite) = arith::measure(delta, weight, rounded);
+        let (chunk_sums, finite) = row_arithmetic::measure(delta, weight, rounded);
         if !finite {
             refuse_non_finite(output, first + i * CHUNK, weight, rounded, to, changed)?;
         }

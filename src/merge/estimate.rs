@@ -4,13 +4,11 @@ use super::{
     apply::{self, Scratch},
     device::Gpu,
     plan::{Output, Plan},
-    prepared::Prepared,
+    prepared::{Element, Prepared},
     rounding::Rounding,
     stream,
 };
 use crate::{
-    checkpoint::Dtype,
-    delta::Real,
     error::{Error, Result},
     interrupt, threads,
 };
@@ -46,9 +44,9 @@ impl Estimate {
         let changed: Vec<&Output> = plan.outputs.iter().filter(|o| !o.is_copy()).collect();
         let (mut seconds, mut elements) = (0.0, 0);
         for output in changed.iter().step_by(changed.len().div_ceil(TRIED).max(1)) {
-            seconds += threads::with_serial_blas(|| match output.source.dtype() {
-                Dtype::F64 => time::<f64>(output, rounding, None),
-                _ => time::<f32>(output, rounding, gpu),
+            seconds += threads::with_serial_blas(|| match output.in_double() {
+                true => time::<f64>(output, rounding, None),
+                false => time::<f32>(output, rounding, gpu),
             })?;
             elements += output.source.elements();
         }
@@ -70,7 +68,7 @@ impl Estimate {
 
 /// Seconds for the whole of `output`, from those of its first block. The block is computed twice: the first time may have
 /// to wait for the disk.
-fn time<T: Real>(output: &Output, rounding: Rounding, gpu: Option<&Gpu>) -> Result<f64> {
+fn time<T: Element>(output: &Output, rounding: Rounding, gpu: Option<&Gpu>) -> Result<f64> {
     let start = Instant::now();
     let prepared = Prepared::<T>::new(output, rounding, gpu)?;
     let preparing = start.elapsed().as_secs_f64();

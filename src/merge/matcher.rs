@@ -4,16 +4,29 @@ use super::{
     companions::ConfigChanges,
     names::{Mapping, Tied},
     own_factors, parameters,
-    plan::{Output, Plan, Term, TokenRows},
+    plan::{Output, Plan, TokenRows},
     refuse,
 };
 use crate::{
-    adapter::{Adapter, Module, ModuleKind, Part},
+    adapter::{
+        Adapter, LoraModule, Module, Stored,
+        types::{Parameter, Site},
+    },
     checkpoint::{Checkpoint, Dtype, Tensor, dtype, read_text},
     error::{Error, Result},
 };
 use serde_json::Value;
 use std::collections::HashMap;
+
+/// Matches every tensor of every adapter with its target in `base`. Everything that can be refused is refused here, before
+/// anything is written.
+pub(super) fn plan<'a>(base: &'a Checkpoint, adapters: &'a [(Adapter, f64)], to: Option<Dtype>) -> Result<Plan<'a>> {
+    let mut matcher = Matcher::new(base, to)?;
+    for (adapter, weight) in adapters {
+        matcher.add(adapter, *weight)?;
+    }
+    matcher.finish()
+}
 
 /// The plan in the making.
 pub(super) struct Matcher<'a> {
@@ -41,7 +54,13 @@ impl<'a> Matcher<'a> {
         for module in own.modules {
             let name = module.tensor_name();
             let place = matcher.places.get(&name).copied().ok_or_else(|| own_factors::homeless(base, &module))?;
-            matcher.add_low_rank(place, base.path(), None, &module, false, 1.0)?;
+            let output = &mut matcher.plan.outputs[place];
+            let planned = module.plan(base.path(), output.source.shape(), false, false, 1.0).map_err(|found| {
+                let (base, file) = (output.source.file().path().display(), base.path().display());
+                Error::request(format!("cannot merge '{name}': base '{base}' has {found} ('{file}')"))
+                    .help("the checkpoint is damaged")
+            })?;
+            output.updates.push(planned);
         }
         Ok(matcher)
     }
@@ -53,8 +72,8 @@ impl<'a> Matcher<'a> {
 
     /// Adds one adapter, or refuses it as a whole.
     pub(super) fn add(&mut self, adapter: &'a Adapter, weight: f64) -> Result<()> {
-        refuse::unmergeable(adapter)?;
-        let modules: Vec<Module> = adapter.modules().collect::<Result<_>>()?;
+        adapter.kind().check_mergeable(adapter)?;
+        let modules: Vec<Module> = adapter.modules().collect();
         let names: Vec<String> = modules.iter().map(Module::tensor_name).chain(full_names(adapter)).collect::<Vec<_>>();
         let mapping = Mapping::find(self.base, names.iter().map(String::as_str));
         if mapping != Mapping::Identity {
@@ -64,7 +83,7 @@ impl<'a> Matcher<'a> {
         }
         let mut orphans = Vec::new();
         // Replacements come first: deltas are added to what replaces the base.
-        for (name, part, tensor) in adapter.others().filter(|(_, part, _)| *part != Part::TokenRows) {
+        for (name, part, tensor) in adapter.others().filter(|(_, part, _)| *part != Stored::TokenRows) {
             if !self.replace(adapter, &mapping, name, part, tensor, weight)? {
                 orphans.push(tensor.name());
             }
@@ -72,7 +91,7 @@ impl<'a> Matcher<'a> {
         for module in &modules {
             orphans.extend(self.add_module(adapter, &mapping, module, &modules, weight)?);
         }
-        for (name, _, rows) in adapter.others().filter(|(_, part, _)| *part == Part::TokenRows) {
+        for (name, _, rows) in adapter.others().filter(|(_, part, _)| *part == Stored::TokenRows) {
             match self.place(&mapping, &format!("{name}.weight")) {
                 Some(place) => self.replace_rows(place, adapter, name, rows, weight)?,
                 None => orphans.push(rows.name()),
@@ -86,7 +105,7 @@ impl<'a> Matcher<'a> {
         self.places.get(&mapping.apply(name)).or_else(|| self.places.get(name)).copied()
     }
 
-    /// Adds the delta of one module. Returns the tensors that have no target.
+    /// Plans the updates of one module. Returns the tensors that have no target.
     fn add_module(
         &mut self,
         adapter: &'a Adapter,
@@ -95,77 +114,47 @@ impl<'a> Matcher<'a> {
         all: &[Module<'a>],
         weight: f64,
     ) -> Result<Vec<&'a str>> {
-        let factors = vec![module.a.name(), module.b.name()];
-        let parameter = parameters::find(self, adapter, mapping, module, all)?;
+        let parameter = match adapter.config().target_parameters.as_deref() {
+            Some([_, ..]) => {
+                let lora = adapter.lora_modules().collect::<Result<Vec<_>>>()?;
+                parameters::find(self, adapter, mapping, &LoraModule::of(module)?, &lora)?
+            }
+            _ => None,
+        };
         let weight_name = module.tensor_name();
         let place = match parameter.or_else(|| self.place(mapping, &weight_name)) {
             Some(place) => place,
             None => match self.head(adapter, mapping, &weight_name, all)? {
                 Some(place) => place,
-                None => return Ok(factors),
+                None => return Ok(module.tensors().map(|t| t.name()).collect()),
             },
         };
-        let fan_in_fan_out = adapter.config().fan_in_fan_out;
-        self.add_low_rank(place, adapter.file().path(), Some(adapter), module, fan_in_fan_out, weight)?;
-        if let Some(vector) = module.bias {
-            let Some(place) = self.place(mapping, &format!("{}.bias", module.name)) else {
-                return Ok(vec![vector.name()]);
-            };
-            self.expect_shape(place, adapter, &vector)?;
-            self.plan.outputs[place].terms.push(Term::Bias { vector, factor: weight * module.scaling });
+        self.update(place, module, Parameter::Weight, weight)?;
+        match self.place(mapping, &format!("{}.bias", module.name())) {
+            Some(place) => self.update(place, module, Parameter::Bias, weight)?,
+            None => return Ok(adapter.kind().changes_bias(module).iter().map(Tensor::name).collect()),
         }
         Ok(Vec::new())
     }
 
-    fn add_low_rank(
-        &mut self,
-        place: usize,
-        file: &std::path::Path,
-        adapter: Option<&Adapter>,
-        module: &Module<'a>,
-        fan_in_fan_out: bool,
-        weight: f64,
-    ) -> Result<()> {
+    /// Lets a module update one output.
+    fn update(&mut self, place: usize, module: &Module<'a>, parameter: Parameter, weight: f64) -> Result<()> {
         let output = &mut self.plan.outputs[place];
-        let (source, stored) = (output.source, output.source.shape());
-        let refuse = |found: String| {
-            let (base, file) = (source.file().path().display(), file.display());
-            Error::request(format!("cannot merge '{}': base '{base}' has {found} ('{file}')", output.spec.name))
-                .help(adapter.map_or_else(|| "the checkpoint is damaged".to_owned(), refuse::other_model))
+        let source = output.source;
+        let site = Site {
+            parameter,
+            name: source.name(),
+            shape: source.shape(),
+            base: source.file().path(),
+            weight,
+            experts_in_out: parameters::stored_transposed(&self.config),
         };
-        let delta = [module.out_features, module.in_features];
+        let Some(planned) = module.adapter().kind().plan(module, &site)? else { return Ok(()) };
         if !dtype::is_float(source.dtype()) {
-            return Err(refuse(format!("{:?} values, expected floating point for the delta", source.dtype())));
+            let found = format!("{:?} values, expected floating point for the delta", source.dtype());
+            return Err(site.refuse(module, &found));
         }
-        let wanted = module.kind == ModuleKind::Embedding || fan_in_fan_out;
-        let transposed = match *stored {
-            [m, n] if module.experts == 1 => match (delta == [m, n], delta == [n, m]) {
-                (true, true) => wanted,
-                (true, false) if module.kind == ModuleKind::Linear => false,
-                (false, true) if wanted => true,
-                _ => return Err(refuse(format!("shape {stored:?} but B @ A gives {delta:?}"))),
-            },
-            [e, m, n] if module.experts == e => match (delta == [m, n], delta == [n, m]) {
-                (true, true) => parameters::stored_transposed(&self.config),
-                (true, false) => false,
-                (false, true) => true,
-                _ => return Err(refuse(format!("shape {stored:?} but B @ A of an expert gives {delta:?}"))),
-            },
-            _ => {
-                let experts =
-                    if module.experts > 1 { format!(" for {} experts", module.experts) } else { String::new() };
-                return Err(refuse(format!("shape {stored:?} but B @ A gives {delta:?}{experts}")));
-            }
-        };
-        if module.magnitude.is_some() && weight != 1.0 {
-            return Err(Error::request(format!(
-                "cannot merge '{}' with weight {weight}: '{}' rescales it (DoRA), which has no weighted form",
-                output.spec.name,
-                file.display()
-            ))
-            .help("merge it with weight 1"));
-        }
-        output.terms.push(Term::LowRank { module: *module, transposed, weight });
+        output.updates.push(planned);
         Ok(())
     }
 
@@ -207,5 +196,5 @@ impl<'a> Matcher<'a> {
 }
 
 fn full_names(adapter: &Adapter) -> impl Iterator<Item = String> + '_ {
-    adapter.others().filter(|(_, part, _)| *part != Part::TokenRows).map(|(name, ..)| name.to_owned())
+    adapter.others().filter(|(_, part, _)| *part != Stored::TokenRows).map(|(name, ..)| name.to_owned())
 }

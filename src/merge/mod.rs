@@ -4,9 +4,9 @@
 //! as F64) and rounded once to the output's type. Tensors that nothing changes are copied byte for byte.
 
 mod apply;
-mod arith;
 pub(crate) mod companions;
 mod device;
+mod dtype_advice;
 mod estimate;
 mod matcher;
 mod names;
@@ -16,14 +16,14 @@ mod part;
 mod plan;
 mod prepared;
 mod refuse;
-mod remedy;
 mod replace;
 mod result;
 mod rounding;
+mod row_arithmetic;
 mod stream;
 
+pub use dtype_advice::DtypeAdvice;
 pub use estimate::Estimate;
-pub use remedy::Remedy;
 pub use result::{Action, AdapterUse, MergeReport, OutputFile, Retention, TensorResult, Totals};
 pub use rounding::Rounding;
 
@@ -89,7 +89,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let target = if options.dry_run { None } else { Some(options.target()?) };
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
+    let plan = matcher::plan(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     let gpu = open_gpu(options, progress)?;
     let Some(target) = target else {
@@ -120,7 +120,7 @@ pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result
     options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
+    let plan = matcher::plan(&base, &adapters, options.dtype)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     part::warn_of_few_files(&plan, options, shard.count, progress);
     let gpu = open_gpu(options, progress)?;
@@ -132,7 +132,7 @@ pub fn combine(options: &Options, progress: &Progress) -> Result<MergeReport> {
     options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = plan::Plan::new(&base, &adapters, options.dtype)?;
+    let plan = matcher::plan(&base, &adapters, options.dtype)?;
     part::combine(&part::folder(options, part::ARRAY), options, (&base, &adapters), &plan, progress)
 }
 
@@ -162,7 +162,7 @@ pub fn run_together(options: &Options, job: &Job, progress: &Progress) -> Result
 fn write_together(parts: &Path, options: &Options, job: &Job, progress: &Progress) -> Result<Option<MergeReport>> {
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = || plan::Plan::new(&base, &adapters, options.dtype);
+    let plan = || matcher::plan(&base, &adapters, options.dtype);
     let own = plan()?;
     own.warnings.iter().for_each(|w| progress.warn(w));
     let gpu = open_gpu(options, progress)?;
@@ -218,7 +218,7 @@ fn explain_losses(report: &mut MergeReport, plan: &plan::Plan, progress: &Progre
     let lossy: Vec<_> = report.tensors.iter().filter(|t| t.loses_more_than_allowed()).collect();
     let Some(worst) = lossy.iter().min_by(|a, b| a.kept().total_cmp(&b.kept())) else { return Ok(()) };
     let output = plan.outputs.iter().find(|o| o.spec.name == worst.name);
-    let remedy = output.map(remedy::find).transpose()?.flatten();
+    let remedy = output.map(dtype_advice::find).transpose()?.flatten();
     let advice = remedy.as_ref().map_or_else(String::new, |r| {
         let dtype = format!("{:?}", r.dtype).to_lowercase();
         let kept = 100.0 * r.retention.retention;

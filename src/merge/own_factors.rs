@@ -1,7 +1,7 @@
 //! Checkpoints of the official ReLoRA code, which hold `lora_A`, `lora_B` and sometimes `scaling` beside the weights.
 
 use crate::{
-    adapter::{Module, ModuleKind, config},
+    adapter::{LoraModule, config},
     checkpoint::{Checkpoint, Tensor},
     error::{Error, Result},
 };
@@ -13,7 +13,7 @@ const CONFIG_NAME: &str = "relora_config.json";
 /// The factors that a model file holds for its own weights.
 #[derive(Default)]
 pub(super) struct OwnFactors<'a> {
-    pub modules: Vec<Module<'a>>,
+    pub modules: Vec<LoraModule<'a>>,
     scalings: Vec<String>,
 }
 
@@ -69,9 +69,9 @@ pub(super) fn find(base: &Checkpoint) -> Result<OwnFactors<'_>> {
             }
             _ => config::scaling(config.lora_alpha, config.r, false),
         };
-        found.modules.push(Module {
+        found.modules.push(LoraModule {
             name,
-            kind: ModuleKind::Linear,
+            embedding: false,
             a,
             b,
             magnitude: None,
@@ -97,7 +97,7 @@ fn read_config(base: &Checkpoint) -> Result<ReloraConfig> {
 }
 
 /// Factors without the weight they belong to.
-pub(super) fn homeless(base: &Checkpoint, module: &Module) -> Error {
+pub(super) fn homeless(base: &Checkpoint, module: &LoraModule) -> Error {
     Error::request(format!(
         "'{}' holds '{}' but no '{}' that its delta belongs to",
         base.path().display(),

@@ -2,7 +2,7 @@
 
 use super::{matcher::Matcher, names::Mapping};
 use crate::{
-    adapter::{Adapter, AdapterConfig, Module},
+    adapter::{Adapter, AdapterConfig, LoraModule},
     error::{Error, Result},
 };
 use serde_json::Value;
@@ -23,12 +23,12 @@ pub(super) fn find<'a>(
     matcher: &Matcher<'a>,
     adapter: &Adapter,
     mapping: &Mapping,
-    module: &Module,
-    all: &[Module],
+    module: &LoraModule,
+    all: &[LoraModule],
 ) -> Result<Option<usize>> {
     let Some(targets) = adapter.config().target_parameters.as_ref().filter(|t| !t.is_empty()) else { return Ok(None) };
     let owner = module.name.trim_end_matches(".base_layer");
-    let depth = |m: &Module| m.name.matches(".base_layer").count();
+    let depth = |m: &LoraModule| m.name.matches(".base_layer").count();
     let mut candidates: Vec<(String, usize)> = targets
         .iter()
         .filter_map(|target| {
@@ -39,7 +39,7 @@ pub(super) fn find<'a>(
         })
         .collect();
     candidates.sort_by_key(|(name, _)| definition_order(name));
-    let fits = |m: &Module, place: usize| match *matcher.plan.outputs[place].source.shape() {
+    let fits = |m: &LoraModule, place: usize| match *matcher.plan.outputs[place].source.shape() {
         [e, x, y] => {
             e == m.experts && ([m.out_features, m.in_features] == [x, y] || [m.out_features, m.in_features] == [y, x])
         }

@@ -1,10 +1,9 @@
-//! What each tensor of the output is made of. Everything that can be refused is refused before anything is written.
+//! What each tensor of the output is made of.
 
-use super::{companions::ConfigChanges, matcher::Matcher};
+use super::companions::ConfigChanges;
 use crate::{
-    adapter::{Adapter, Module},
-    checkpoint::{Checkpoint, Dtype, Tensor, TensorSpec, dtype},
-    error::Result,
+    checkpoint::{Dtype, Tensor, TensorSpec, dtype},
+    delta::Planned,
 };
 use std::path::Path;
 
@@ -15,14 +14,14 @@ pub(super) struct Plan<'a> {
     pub warnings: Vec<String>,
 }
 
-/// One tensor of the output: `round(source + sum of terms)`, some rows replaced.
+/// One tensor of the output: its source, some rows replaced, then updated by one adapter after the other, rounded once.
 pub(super) struct Output<'a> {
     pub spec: TensorSpec,
-    /// What deltas are added to: the base's tensor, or the one that replaces it.
+    /// What is updated: the base's tensor, or the one that replaces it.
     pub source: Tensor<'a>,
     /// The adapter that replaces the base's tensor, or adds one that the base lacks.
     pub replaced: Option<Replacement<'a>>,
-    pub terms: Vec<Term<'a>>,
+    pub updates: Vec<Planned<'a>>,
     /// Rows that replace the source's.
     pub tokens: Vec<TokenRows<'a>>,
 }
@@ -37,15 +36,6 @@ pub(super) struct Replacement<'a> {
     pub added: bool,
 }
 
-/// Something that is added to a tensor.
-pub(super) enum Term<'a> {
-    /// `weight * scaling * B @ A`, transposed where the weight is stored `[in, out]`. One such product per expert, below
-    /// each other, for expert parameters. With a magnitude (DoRA) the sum is rescaled.
-    LowRank { module: Module<'a>, transposed: bool, weight: f64 },
-    /// `factor * vector`: the bias of B.
-    Bias { vector: Tensor<'a>, factor: f64 },
-}
-
 /// Rows of an embedding that replace the base's.
 pub(super) struct TokenRows<'a> {
     pub indices: Vec<usize>,
@@ -53,27 +43,17 @@ pub(super) struct TokenRows<'a> {
     pub adapter: &'a Path,
 }
 
-impl Term<'_> {
-    /// Rank of what it adds.
-    pub(super) fn rank(&self) -> usize {
-        match self {
-            Term::LowRank { module, .. } => module.r,
-            Term::Bias { .. } => 0,
-        }
-    }
-}
-
 impl<'a> Output<'a> {
     /// A copy of `source` called `name`, converted to `to` if it is floating point.
     pub(super) fn new(name: &str, source: Tensor<'a>, to: Option<Dtype>) -> Output<'a> {
         let dtype = to.filter(|_| dtype::is_float(source.dtype())).unwrap_or(source.dtype());
         let spec = TensorSpec { name: name.to_owned(), dtype, shape: source.shape().to_vec() };
-        Output { spec, source, replaced: None, terms: Vec::new(), tokens: Vec::new() }
+        Output { spec, source, replaced: None, updates: Vec::new(), tokens: Vec::new() }
     }
 
     /// Whether its values are the source's.
     pub(super) fn is_unchanged(&self) -> bool {
-        self.terms.is_empty() && self.tokens.is_empty()
+        self.updates.is_empty() && self.tokens.is_empty()
     }
 
     /// Whether its bytes are the source's.
@@ -81,45 +61,58 @@ impl<'a> Output<'a> {
         self.is_unchanged() && self.spec.dtype == self.source.dtype()
     }
 
-    /// Bytes that making it reads: its source, and the tensors of its terms.
+    /// Whether it is computed in f64: the weight is stored as F64, or an update needs it.
+    pub(super) fn in_double(&self) -> bool {
+        self.source.dtype() == Dtype::F64 || self.updates.iter().any(Planned::needs_double)
+    }
+
+    /// Bytes that making it reads: its source, and the tensors of its updates.
     pub(super) fn bytes_read(&self) -> u64 {
-        let terms = self.terms.iter().map(|term| match term {
-            Term::LowRank { module, .. } => module.a.bytes().len() + module.b.bytes().len(),
-            Term::Bias { vector, .. } => vector.bytes().len(),
-        });
-        (self.source.bytes().len() + terms.sum::<usize>()) as u64
+        self.source.bytes().len() as u64 + self.updates.iter().map(Planned::bytes_read).sum::<u64>()
     }
 
-    /// The module whose magnitude rescales the sum (DoRA), and whether its weight is stored `[in, out]`.
-    pub(super) fn dora(&self) -> Option<(&Module<'a>, bool)> {
-        self.terms.iter().find_map(|term| match term {
-            Term::LowRank { module, transposed, .. } if module.magnitude.is_some() => Some((module, *transposed)),
-            _ => None,
-        })
+    /// Sum of the ranks of its updates.
+    pub(super) fn rank(&self) -> usize {
+        self.updates.iter().map(|update| update.rank).sum()
     }
 
-    /// The tensor seen as a matrix: all extents but the last make the rows; a vector is one row.
+    /// The tensor seen as a matrix: as its updates see it; without one, all extents but the last make the rows, and a vector
+    /// is one row.
     pub(super) fn matrix_shape(&self) -> (usize, usize) {
+        if let Some(update) = self.updates.first() {
+            return update.shape;
+        }
         match self.spec.shape.split_last() {
             Some((&columns, [])) => (1, columns),
             Some((&columns, rows)) => (rows.iter().product(), columns),
             None => (1, 1),
         }
     }
+
+    /// Blocks of about `elements` elements: whole rows, and those together that an update mixes with each other.
+    pub(super) fn row_blocks(&self, elements: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
+        let (rows, columns) = self.matrix_shape();
+        // A file of a few bytes may claim any number of empty rows.
+        let rows = if columns == 0 { 0 } else { rows };
+        let together = self.updates.iter().fold(1, |all, update| least_common_multiple(all, update.row_group)).max(1);
+        let step = (elements / columns.max(1) / together).max(1).saturating_mul(together);
+        (0..rows).step_by(step).map(move |at| at..rows.min(at.saturating_add(step)))
+    }
 }
 
-impl<'a> Plan<'a> {
+fn least_common_multiple(a: usize, b: usize) -> usize {
+    let divisor = |mut a: usize, mut b: usize| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    (a / divisor(a, b).max(1)).saturating_mul(b)
+}
+
+impl Plan<'_> {
     /// What the output's tensors will look like.
     pub(super) fn specs(&self) -> Vec<TensorSpec> {
         self.outputs.iter().map(|o| o.spec.clone()).collect()
-    }
-
-    /// Matches every tensor of every adapter with its target in `base`.
-    pub(super) fn new(base: &'a Checkpoint, adapters: &'a [(Adapter, f64)], to: Option<Dtype>) -> Result<Plan<'a>> {
-        let mut matcher = Matcher::new(base, to)?;
-        for (adapter, weight) in adapters {
-            matcher.add(adapter, *weight)?;
-        }
-        matcher.finish()
     }
 }

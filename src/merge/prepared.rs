@@ -1,204 +1,185 @@
-//! What the blocks of one output share: decoded factors, and the norms that DoRA needs.
+//! What the blocks of one output share: its updates, built and ready for rows.
 
 use super::{
-    device::{Gpu, Uploaded},
-    plan::{Output, Term},
+    device::Gpu,
+    plan::Output,
     rounding::{Rounder, Rounding},
 };
 use crate::{
-    adapter::Module,
-    checkpoint::Tensor,
-    delta::{LowRank, Real, unravel},
+    adapter::types::values,
+    delta::{Effect, Planned, Real, Update, Visit, Weight},
     error::{Error, Result},
     interrupt,
 };
-use ndarray::{Array2, ArrayViewMut2, s};
+use ndarray::{ArrayView2, ArrayViewMut2};
 use std::{collections::BTreeMap, ops::Range};
 
-/// Elements of one block of the pass that measures norms.
+/// Elements of one block of the pass over the weight that some updates need before they give rows.
 const BLOCK: usize = 1 << 19;
 
-/// Everything that is added to an output, ready for its blocks.
-pub(super) struct Prepared<'g, T> {
-    /// First row, and the delta from there on: one per adapter, or one per expert.
-    deltas: Vec<(usize, LowRank<T>)>,
-    /// The same on a GPU, where it takes their products.
-    on_gpu: Option<Uploaded<'g>>,
-    /// The sum of all vectors, for a bias.
-    bias: Option<Vec<T>>,
+/// The number types that merges are computed in.
+pub(super) trait Element: Real {
+    fn build(planned: &Planned) -> Result<Box<dyn Update<Self>>>;
+}
+
+impl Element for f32 {
+    fn build(planned: &Planned) -> Result<Box<dyn Update<f32>>> {
+        planned.build_f32().unwrap_or_else(|| Err(Error::environment("an update that needs f64 is computed in f32")))
+    }
+}
+
+impl Element for f64 {
+    fn build(planned: &Planned) -> Result<Box<dyn Update<f64>>> {
+        planned.build_f64()
+    }
+}
+
+/// The updates of an output, in order, ready for its blocks.
+pub(super) struct Prepared<T> {
+    updates: Vec<Box<dyn Update<T>>>,
     /// Replaced rows, in the source's stored type.
     pub tokens: BTreeMap<usize, Vec<u8>>,
-    /// DoRA's factors.
-    pub rescale: Option<Rescale<T>>,
     pub rounder: Rounder,
 }
 
-/// DoRA (arXiv:2402.09353, eq. 5): `W' = magnitude / ||W + dW|| * (W + dW)`, with one norm per output of the layer.
-pub(super) struct Rescale<T> {
-    pub factors: Vec<T>,
-    /// One factor per column of the stored weight instead of one per row.
-    pub by_column: bool,
+/// What [`Prepared::compute`] left in its buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Computed {
+    /// The delta; the new weight is the sum, not yet formed.
+    Delta,
+    /// The new weight, and its difference from the old one as the delta.
+    Weight,
 }
 
-impl<'g, T: Real> Prepared<'g, T> {
-    pub(super) fn new(output: &Output, rounding: Rounding, gpu: Option<&'g Gpu>) -> Result<Self> {
-        let mut prepared = Prepared {
-            deltas: Vec::new(),
-            on_gpu: None,
-            bias: None,
-            tokens: read_tokens::<T>(output)?,
-            rescale: None,
-            rounder: Rounder::new(rounding, &output.spec.name),
-        };
-        for term in &output.terms {
-            match term {
-                Term::LowRank { module, transposed, weight } => {
-                    let scaling = T::from_f64(weight * module.scaling);
-                    if module.experts == 1 {
-                        prepared.deltas.push((0, LowRank { scaling, ..LowRank::read(module, *transposed)? }));
-                    } else {
-                        prepared.deltas.extend(experts(module, *transposed, scaling)?);
-                    }
-                }
-                Term::Bias { vector, factor } => prepared.add_bias(vector, T::from_f64(*factor))?,
-            }
-        }
+impl<T: Element> Prepared<T> {
+    pub(super) fn new(output: &Output, rounding: Rounding, gpu: Option<&Gpu>) -> Result<Self> {
+        let mut built = output.updates.iter().map(T::build).collect::<Result<Vec<_>>>()?;
         if let Some(gpu) = gpu.filter(|gpu| gpu.takes(output)) {
-            prepared.on_gpu = Some(gpu.upload(&prepared.deltas)?);
-            prepared.deltas.clear();
+            gpu.take_products(&mut built)?;
         }
-        if let Some((module, transposed)) = output.dora() {
-            prepared.rescale = Some(prepared.rescale(output, module, transposed)?);
+        let rounder = Rounder::new(rounding, &output.spec.name);
+        let mut prepared = Prepared { updates: Vec::new(), tokens: read_tokens::<T>(output)?, rounder };
+        for mut update in built {
+            update.prepare(&Before { output, prepared: &prepared })?;
+            prepared.updates.push(update);
         }
         Ok(prepared)
     }
 
-    fn add_bias(&mut self, vector: &Tensor, factor: T) -> Result<()> {
-        let values = read_finite::<T>(vector)?;
-        let bias = self.bias.get_or_insert_with(|| vec![T::zero(); values.len()]);
-        bias.iter_mut().zip(values).for_each(|(b, v)| *b = *b + factor * v);
+    /// Whether some update is computed from the weight's values.
+    pub(super) fn reads_weight(&self) -> bool {
+        self.updates.iter().any(|update| update.effect() == Effect::Rewrites)
+    }
+
+    /// Overwrites `delta` with rows `rows` of the sum of all updates, which all are added.
+    pub(super) fn delta(&self, rows: &Range<usize>, mut delta: ArrayViewMut2<T>) -> Result<()> {
+        // A single update saves clearing the block.
+        if let [only] = &self.updates[..] {
+            return only.rows(rows.clone(), empty(), delta);
+        }
+        delta.fill(T::zero());
+        let mut own = if self.updates.is_empty() { Vec::new() } else { vec![T::zero(); delta.len()] };
+        for update in &self.updates {
+            add(update.as_ref(), rows, &mut own, delta.view_mut())?;
+        }
         Ok(())
     }
 
-    /// Overwrites `out` with rows `rows` of the sum of all deltas.
-    pub(super) fn delta(&self, rows: &Range<usize>, mut out: ArrayViewMut2<T>) -> Result<()> {
-        if let Some(on_gpu) = &self.on_gpu {
-            let columns = out.ncols();
-            // Only what is computed in f32 goes to a GPU: here T is f32. Blocks are whole rows of a buffer.
-            let values = out.as_slice_mut().unwrap_or_default();
-            on_gpu.rows(rows, columns, bytemuck::cast_slice_mut(values))?;
-            self.add_bias_to(out);
-            return Ok(());
-        }
-        // A single delta that covers the block saves clearing it.
-        if let [(0, only)] = &self.deltas[..]
-            && self.bias.is_none()
-        {
-            only.rows(rows.clone(), out);
-            return Ok(());
-        }
-        out.fill(T::zero());
-        for (first, delta) in &self.deltas {
-            let (from, to) = (rows.start.max(*first), rows.end.min(first + delta.shape().0));
-            if from < to {
-                delta.add_rows(from - first..to - first, out.slice_mut(s![from - rows.start..to - rows.start, ..]));
+    /// Applies one update after the other to rows `rows` of the weight. Overwrites `delta` with what they change together,
+    /// and `new` with the new weight if the last one gave it.
+    pub(super) fn compute(
+        &self,
+        rows: &Range<usize>,
+        weight: ArrayView2<T>,
+        mut new: ArrayViewMut2<T>,
+        mut delta: ArrayViewMut2<T>,
+    ) -> Result<Computed> {
+        delta.fill(T::zero());
+        let mut computed = Computed::Delta;
+        let mut buffer = vec![T::zero(); weight.len()];
+        for update in &self.updates {
+            if update.effect() == Effect::Adds {
+                add(update.as_ref(), rows, &mut buffer, delta.view_mut())?;
+                computed = Computed::Delta;
+                continue;
             }
+            let before = match &self.updates[..] {
+                [_] => weight.view(),
+                _ => {
+                    buffer.iter_mut().zip(weight.iter().zip(delta.iter())).for_each(|(b, (&w, &d))| *b = w + d);
+                    view(weight.dim(), &buffer)?
+                }
+            };
+            update.rows(rows.clone(), before, new.view_mut())?;
+            delta.iter_mut().zip(new.iter().zip(weight.iter())).for_each(|(d, (&n, &w))| *d = n - w);
+            computed = Computed::Weight;
         }
-        self.add_bias_to(out);
-        Ok(())
+        Ok(computed)
+    }
+}
+
+fn empty<'v, T>() -> ArrayView2<'v, T> {
+    // An extent of 0 fits any buffer.
+    ArrayView2::from_shape((0, 0), &[]).unwrap_or_else(|_| unreachable!())
+}
+
+fn view<T>(shape: (usize, usize), values: &[T]) -> Result<ArrayView2<'_, T>> {
+    ArrayView2::from_shape(shape, values).map_err(|e| Error::environment(format!("a block of rows: {e}")))
+}
+
+fn add<T: Real>(update: &dyn Update<T>, rows: &Range<usize>, own: &mut [T], mut delta: ArrayViewMut2<T>) -> Result<()> {
+    let bad = |e| Error::environment(format!("a block of rows: {e}"));
+    let mut own = ArrayViewMut2::from_shape(delta.dim(), own).map_err(bad)?;
+    update.rows(rows.clone(), empty(), own.view_mut())?;
+    delta.zip_mut_with(&own, |sum, &own| *sum = *sum + own);
+    Ok(())
+}
+
+/// The weight as the next update finds it: the source, changed by the updates before.
+struct Before<'p, 'a, T> {
+    output: &'p Output<'a>,
+    prepared: &'p Prepared<T>,
+}
+
+impl<T: Element> Weight<T> for Before<'_, '_, T> {
+    fn shape(&self) -> (usize, usize) {
+        self.output.matrix_shape()
     }
 
-    fn add_bias_to(&self, mut out: ArrayViewMut2<T>) {
-        if let Some(bias) = &self.bias {
-            out.iter_mut().zip(bias).for_each(|(o, &b)| *o = *o + b);
-        }
-    }
-
-    fn rescale(&self, output: &Output, module: &Module, by_column: bool) -> Result<Rescale<T>> {
-        let (rows, columns) = output.matrix_shape();
-        let mut squares = vec![0f64; if by_column { columns } else { rows }];
-        let step = (BLOCK / columns.max(1)).max(1);
-        let mut weight = vec![T::zero(); step * columns];
-        let mut delta = Array2::zeros((step, columns));
-        for first in (0..rows).step_by(step) {
+    fn blocks(&self, visit: &mut Visit<T>) -> Result<()> {
+        let columns = self.output.matrix_shape().1;
+        let (mut source, mut new, mut delta) = (Vec::new(), Vec::new(), Vec::new());
+        for rows in self.output.row_blocks(BLOCK) {
             interrupt::check()?;
-            let block = first..rows.min(first + step);
-            self.delta(&block, delta.slice_mut(s![..block.len(), ..]))?;
-            let weight = &mut weight[..block.len() * columns];
-            T::read(&output.source, first * columns, weight)?;
-            for (i, (w, d)) in weight.iter().zip(delta.iter()).enumerate() {
-                let place = if by_column { i % columns } else { first + i / columns };
-                squares[place] += (*w + *d).to_f64().powi(2);
+            let shape = (rows.len(), columns);
+            source.resize(rows.len() * columns, T::zero());
+            T::read(&self.output.source, rows.start * columns, &mut source)?;
+            if !self.prepared.updates.is_empty() {
+                [&mut new, &mut delta].iter_mut().for_each(|buffer| buffer.resize(source.len(), T::zero()));
+                let bad = |e| Error::environment(format!("a block of rows: {e}"));
+                let [new_rows, delta_rows] =
+                    [&mut new, &mut delta].map(|buffer| ArrayViewMut2::from_shape(shape, &mut buffer[..]).map_err(bad));
+                match self.prepared.compute(&rows, view(shape, &source)?, new_rows?, delta_rows?)? {
+                    Computed::Delta => source.iter_mut().zip(&delta).for_each(|(w, &d)| *w = *w + d),
+                    Computed::Weight => source.copy_from_slice(&new),
+                }
             }
+            visit(rows, view(shape, &source)?)?;
         }
-        let magnitude = module.magnitude.as_ref().map(read_finite::<f64>).transpose()?.unwrap_or_default();
-        let mut factors = Vec::with_capacity(squares.len());
-        for (i, (m, square)) in magnitude.iter().zip(&squares).enumerate() {
-            if *square == 0.0 {
-                return Err(Error::request(format!(
-                    "cannot merge '{}': base and delta add up to zero for output {i}, which DoRA cannot rescale",
-                    output.spec.name
-                ))
-                .help("the base or the adapter is damaged"));
-            }
-            factors.push(T::from_f64(m / square.sqrt()));
-        }
-        Ok(Rescale { factors, by_column })
-    }
-}
-
-/// One delta per expert. PEFT stacks A expert by expert, `[experts * r, in]`, but interleaves B, `[out, r * experts]`.
-fn experts<T: Real>(module: &Module, transposed: bool, scaling: T) -> Result<Vec<(usize, LowRank<T>)>> {
-    let all = LowRank::<T>::read(module, false)?;
-    let (r, experts) = (module.r, module.experts);
-    let one = |e: usize| {
-        let a = all.right.slice(s![e * r..(e + 1) * r, ..]);
-        let b = all.left.slice(s![.., e..;experts]);
-        let (left, right) =
-            if transposed { (a.t().to_owned(), b.t().to_owned()) } else { (b.to_owned(), a.to_owned()) };
-        (e * left.nrows(), LowRank { left, right, scaling })
-    };
-    Ok((0..experts).map(one).collect())
-}
-
-fn read_finite<T: Real>(tensor: &Tensor) -> Result<Vec<T>> {
-    let mut values = vec![T::zero(); tensor.elements()];
-    T::read(tensor, 0, &mut values)?;
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(values),
-        Some(i) => Err(Error::request(format!(
-            "'{}' in '{}' holds {} at {:?}",
-            tensor.name(),
-            tensor.file().path().display(),
-            values[i],
-            unravel(i, tensor.shape())
-        ))
-        .help("the adapter's training diverged or its file is damaged")),
+        Ok(())
     }
 }
 
 fn read_tokens<T: Real>(output: &Output) -> Result<BTreeMap<usize, Vec<u8>>> {
     let (mut tokens, dtype) = (BTreeMap::new(), output.source.dtype());
     for replaced in &output.tokens {
-        let values = read_finite::<T>(&replaced.rows)?;
+        let read = values::vector::<T>(&replaced.rows)?;
         let width = output.matrix_shape().1;
-        for (&index, row) in replaced.indices.iter().zip(values.chunks(width.max(1))) {
+        for (&index, row) in replaced.indices.iter().zip(read.chunks(width.max(1))) {
             let mut bytes = vec![0; width * dtype.bitsize() / 8];
             T::encode(dtype, row, &mut bytes)?;
             tokens.insert(index, bytes);
         }
     }
     Ok(tokens)
-}
-
-impl<T: Real> Rescale<T> {
-    /// `out = factor * (weight + delta)` for a chunk that starts at the flat index `first`; `delta` becomes the intended
-    /// change, `out - weight`.
-    pub(super) fn apply(&self, first: usize, columns: usize, weight: &[T], delta: &mut [T], out: &mut [T]) {
-        for (i, ((o, &w), d)) in out.iter_mut().zip(weight).zip(delta).enumerate() {
-            let place = if self.by_column { (first + i) % columns } else { (first + i) / columns };
-            *o = self.factors[place] * (w + *d);
-            *d = *o - w;
-        }
-    }
 }

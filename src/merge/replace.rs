@@ -4,10 +4,9 @@ use super::{
     matcher::Matcher,
     names::Mapping,
     plan::{Output, Replacement},
-    refuse,
 };
 use crate::{
-    adapter::{Adapter, Module, ModuleKind, Part},
+    adapter::{Adapter, Module, Stored, types::made_for},
     checkpoint::{Tensor, dtype},
     error::{Error, Result},
 };
@@ -23,7 +22,7 @@ impl<'a> Matcher<'a> {
         adapter: &'a Adapter,
         mapping: &Mapping,
         name: &str,
-        part: Part,
+        part: Stored,
         tensor: Tensor<'a>,
         weight: f64,
     ) -> Result<bool> {
@@ -38,10 +37,10 @@ impl<'a> Matcher<'a> {
             return Ok(true);
         }
         // Taking a delta back starts from what it was added to, which is the base at hand.
-        if part == Part::Base && weight < 0.0 {
+        if part == Stored::Base && weight < 0.0 {
             return Ok(true);
         }
-        if part == Part::Full {
+        if part == Stored::Full {
             refuse_weight(adapter, &tensor, weight)?;
             self.untie_head(adapter, place);
         }
@@ -67,7 +66,7 @@ impl<'a> Matcher<'a> {
         &mut self,
         adapter: &'a Adapter,
         name: &str,
-        part: Part,
+        part: Stored,
         tensor: Tensor<'a>,
         weight: f64,
         by: Replacement<'a>,
@@ -77,9 +76,10 @@ impl<'a> Matcher<'a> {
             let place = self.places[&tied.input];
             self.expect_shape(place, adapter, &tensor)?;
             // The shared matrix, stored once more.
-            let again =
-                |(other, part, t): (&str, Part, Tensor)| part == Part::Full && other != name && same_bytes(&t, &tensor);
-            if part == Part::Base || keeps_tied(adapter) && adapter.others().any(again) {
+            let again = |(other, part, t): (&str, Stored, Tensor)| {
+                part == Stored::Full && other != name && same_bytes(&t, &tensor)
+            };
+            if part == Stored::Base || keeps_tied(adapter) && adapter.others().any(again) {
                 return Ok(true);
             }
             self.plan.config.untie = true;
@@ -105,8 +105,8 @@ impl<'a> Matcher<'a> {
     ) -> Result<Option<usize>> {
         let Some(tied) = self.tied.clone().filter(|tied| tied.is_head(name)) else { return Ok(None) };
         let input = self.places[&tied.input];
-        let both =
-            all.iter().any(|m| m.kind == ModuleKind::Embedding && self.place(mapping, &m.tensor_name()) == Some(input));
+        let is_embedding = |m: &&Module| m.adapter().kind().is_embedding(m);
+        let both = all.iter().filter(is_embedding).any(|m| self.place(mapping, &m.tensor_name()) == Some(input));
         if both {
             return Ok(Some(input));
         }
@@ -125,7 +125,7 @@ impl<'a> Matcher<'a> {
         if self.places[&tied.input] != place || keeps_tied(adapter) || self.places.contains_key(&tied.head) {
             return;
         }
-        if adapter.others().any(|(name, part, _)| part == Part::Full && tied.is_head(name)) {
+        if adapter.others().any(|(name, part, _)| part == Stored::Full && tied.is_head(name)) {
             return;
         }
         self.plan.warnings.push(format!(
@@ -161,7 +161,7 @@ impl<'a> Matcher<'a> {
             adapter.file().path().display(),
             tensor.shape()
         ))
-        .help(refuse::other_model(adapter)))
+        .help(made_for(adapter)))
     }
 }
 

@@ -1,10 +1,10 @@
 //! What a merge did, and how much of each delta survived.
 
 use super::{
-    Estimate, MIN_RETENTION, Options, Remedy, Rounding,
+    DtypeAdvice, Estimate, MIN_RETENTION, Options, Rounding,
     apply::Sums,
     device::Gpu,
-    plan::{Output, Plan, Term},
+    plan::{Output, Plan},
 };
 use crate::checkpoint::{Dtype, FileSpecs};
 use serde::Serialize;
@@ -35,7 +35,7 @@ pub struct MergeReport {
     /// Over the whole model.
     pub totals: Totals,
     /// What would keep the delta of the worst tensor, where one loses more than allowed.
-    pub remedy: Option<Remedy>,
+    pub remedy: Option<DtypeAdvice>,
     /// What a merge would take; only in a dry run.
     pub estimate: Option<Estimate>,
 }
@@ -165,7 +165,7 @@ impl Retention {
 
 fn action(output: &Output) -> Action {
     match output.replaced {
-        _ if !output.terms.is_empty() => Action::Merged,
+        _ if !output.updates.is_empty() => Action::Merged,
         Some(replaced) if replaced.added => Action::Added,
         Some(_) => Action::Replaced,
         None if !output.tokens.is_empty() => Action::Replaced,
@@ -211,7 +211,7 @@ pub(super) fn report(
             continue;
         }
         all += sums;
-        let rank = output.terms.iter().map(Term::rank).sum();
+        let rank = output.rank();
         tensors.push(TensorResult {
             name: spec.name.clone(),
             action,

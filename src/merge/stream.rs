@@ -5,12 +5,11 @@ use super::{
     apply::{self, Scratch, Sums},
     device::Gpu,
     plan::{Output, Plan},
-    prepared::Prepared,
+    prepared::{Element, Prepared},
     rounding::Rounding,
 };
 use crate::{
-    checkpoint::{Dtype, Writer},
-    delta::Real,
+    checkpoint::Writer,
     error::{Error, Result},
     interrupt,
     progress::Progress,
@@ -96,11 +95,7 @@ fn split(plan: &Plan) -> Vec<(usize, Piece)> {
 
 /// The blocks of rows that a changed tensor is computed in.
 pub(super) fn row_blocks(output: &Output) -> impl Iterator<Item = Range<usize>> + use<> {
-    let (rows, columns) = output.matrix_shape();
-    // A file of a few bytes may claim any number of empty rows.
-    let rows = if columns == 0 { 0 } else { rows };
-    let step = (BLOCK / columns.max(1)).max(1);
-    (0..rows).step_by(step).map(move |at| at..rows.min(at + step))
+    output.row_blocks(BLOCK)
 }
 
 struct Job<'p, 'a> {
@@ -108,21 +103,21 @@ struct Job<'p, 'a> {
     rounding: Rounding,
     gpu: Option<&'p Gpu>,
     pieces: Vec<(usize, Piece)>,
-    states: Vec<State<'p>>,
+    states: Vec<State>,
     writer: &'p Writer,
     next: AtomicUsize,
     bar: ProgressBar,
 }
 
 /// What the blocks of one output share.
-struct State<'g> {
+struct State {
     left: AtomicUsize,
-    single: Mutex<Option<Arc<Prepared<'g, f32>>>>,
-    double: Mutex<Option<Arc<Prepared<'g, f64>>>>,
+    single: Mutex<Option<Arc<Prepared<f32>>>>,
+    double: Mutex<Option<Arc<Prepared<f64>>>>,
     sums: Mutex<Sums>,
 }
 
-impl State<'_> {
+impl State {
     fn new(pieces: usize) -> Self {
         State {
             left: AtomicUsize::new(pieces),
@@ -133,7 +128,7 @@ impl State<'_> {
     }
 }
 
-impl<'p> Job<'p, '_> {
+impl Job<'_, '_> {
     /// Every worker ends before its next piece.
     fn stop(&self) {
         self.next.store(self.pieces.len(), Ordering::Relaxed);
@@ -146,7 +141,7 @@ impl<'p> Job<'p, '_> {
             let (output, state) = (&self.plan.outputs[*i], &self.states[*i]);
             let result = match piece {
                 Piece::Bytes(bytes) => copy(output, bytes.clone(), self.writer),
-                Piece::Rows(rows) if output.source.dtype() == Dtype::F64 => {
+                Piece::Rows(rows) if output.in_double() => {
                     self.compute(output, rows, state, &state.double, &mut double)
                 }
                 Piece::Rows(rows) => self.compute(output, rows, state, &state.single, &mut single),
@@ -163,12 +158,12 @@ impl<'p> Job<'p, '_> {
         Ok(())
     }
 
-    fn compute<T: Real>(
+    fn compute<T: Element>(
         &self,
         output: &Output,
         rows: &Range<usize>,
         state: &State,
-        shared: &Mutex<Option<Arc<Prepared<'p, T>>>>,
+        shared: &Mutex<Option<Arc<Prepared<T>>>>,
         scratch: &mut Scratch<T>,
     ) -> Result<u64> {
         let prepared = {

@@ -6,7 +6,7 @@ use super::{
     source::{Job, Work, skipped},
 };
 use crate::{
-    adapter::{Adapter, Module},
+    adapter::{Adapter, LoraModule},
     checkpoint::{Checkpoint, Filter, Tensor, natural_key},
     delta::LowRank,
     error::{Error, Result},
@@ -16,7 +16,7 @@ use std::path::Path;
 
 /// The factors of one weight's deltas, one per cycle.
 pub(super) struct Factors<'a> {
-    stages: Vec<(Module<'a>, bool)>,
+    stages: Vec<(LoraModule<'a>, bool)>,
     /// The weight the deltas are merged into; what rounding it can add counts as noise.
     weight: Option<Tensor<'a>>,
 }
@@ -24,7 +24,7 @@ pub(super) struct Factors<'a> {
 impl Factors<'_> {
     /// Reads them as f64, exactly.
     pub fn read(&self) -> Result<Vec<LowRank<f64>>> {
-        self.stages.iter().map(|(module, fan_in_fan_out)| LowRank::read_f64(module, *fan_in_fan_out)).collect()
+        self.stages.iter().map(|(module, fan_in_fan_out)| module.low_rank(*fan_in_fan_out)).collect()
     }
 
     /// Sum of the ranks of all cycles.
@@ -77,8 +77,8 @@ fn job<'a>(label: &str, place: names::Place, factors: Factors<'a>, cycles: Optio
     }
 }
 
-fn stored_shape(module: &Module, fan_in_fan_out: bool) -> (usize, usize) {
-    match fan_in_fan_out || module.kind == crate::adapter::ModuleKind::Embedding {
+fn stored_shape(module: &LoraModule, fan_in_fan_out: bool) -> (usize, usize) {
+    match fan_in_fan_out || module.embedding {
         true => (module.in_features, module.out_features),
         false => (module.out_features, module.in_features),
     }
@@ -90,9 +90,9 @@ fn low_rank_modules<'a>(
     adapter: &'a Adapter,
     filter: &Filter,
     skip: &mut Vec<Skipped>,
-) -> Result<Vec<Module<'a>>> {
+) -> Result<Vec<LoraModule<'a>>> {
     let mut modules = Vec::new();
-    for module in adapter.modules() {
+    for module in adapter.lora_modules() {
         let module = module?;
         if !filter.takes(&module.tensor_name()) {
             continue;
@@ -162,7 +162,7 @@ impl OpenedRun {
         jobs: &mut Vec<Job<'a>>,
         skip: &mut Vec<Skipped>,
     ) -> Result<()> {
-        let mut stages: Vec<Vec<(Module, bool)>> = Vec::new();
+        let mut stages: Vec<Vec<(LoraModule, bool)>> = Vec::new();
         for (i, adapter) in self.cycles.iter().enumerate() {
             // What is stored in full is stored in every cycle: it is listed once.
             let mut repeated = Vec::new();
@@ -186,7 +186,7 @@ impl OpenedRun {
         Ok(())
     }
 
-    fn check_same_modules(&self, i: usize, before: &[Vec<(Module, bool)>], here: &[Module]) -> Result<()> {
+    fn check_same_modules(&self, i: usize, before: &[Vec<(LoraModule, bool)>], here: &[LoraModule]) -> Result<()> {
         let known = |name: &str| before.iter().any(|s| s[0].0.name == name);
         let odd = here.iter().map(|m| m.name).find(|name| !known(name));
         let missing = before.iter().map(|s| s[0].0.name).find(|name| here.iter().all(|m| m.name != *name));

@@ -2,8 +2,7 @@
 
 use super::{Findings, metrics, settings};
 use crate::{
-    adapter::{Adapter, Module},
-    delta::LowRank,
+    adapter::{Adapter, LoraModule},
     error::Result,
     progress::Progress,
     run::{Manifest, RunDir},
@@ -89,7 +88,7 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
     let mut findings = Findings::default();
     let mut factors = Vec::new();
     for (record, adapter) in manifest.cycles.iter().zip(cycles) {
-        for module in adapter.modules() {
+        for module in adapter.lora_modules() {
             let module = module?;
             let what = format!("cycle {}, '{}'", record.cycle, module.name);
             findings.expect(module.r == record.r, &*what, || {
@@ -107,7 +106,7 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
         return Ok(findings);
     }
     let bar = progress.count("ranks", count as u64);
-    let need = |job: &(String, usize, Module, bool)| {
+    let need = |job: &(String, usize, LoraModule, bool)| {
         let cost = (job.2.a.elements() + job.2.b.elements()) as f64;
         Need { cost, ..Need::default() }
     };
@@ -116,7 +115,7 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
         Budget::NONE,
         need,
         |(_, _, module, fan_in_fan_out)| {
-            let delta = LowRank::read_f64(module, *fan_in_fan_out)?;
+            let delta = module.low_rank(*fan_in_fan_out)?;
             let (m, n) = delta.shape();
             let sigma = factored::singular_values(&[delta], Way::cpu(Method::Dense), 0.0)?
                 .pop()

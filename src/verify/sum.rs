@@ -14,7 +14,7 @@
 
 use super::{Findings, Mismatch};
 use crate::{
-    adapter::{Adapter, Module, Part},
+    adapter::{Adapter, LoraModule, Stored},
     checkpoint::{Checkpoint, Dtype, EMBEDDING_NAME, HEAD_NAME, Tensor, TensorFile, dtype},
     delta::LowRank,
     error::{Error, Result},
@@ -122,8 +122,8 @@ pub(super) fn check(
 
 /// Parameters that a cycle stores in full equal those of the checkpoint at its end, in the checkpoint's type.
 fn compare_stored_in_full(cycle: &Adapter, tuned: &Checkpoint, findings: &mut Findings) -> Result<()> {
-    for (name, part, stored) in cycle.others() {
-        if part != Part::Full {
+    for (name, how, stored) in cycle.others() {
+        if how != Stored::Full {
             continue;
         }
         // A tied head is stored under its own name as well.
@@ -147,7 +147,7 @@ struct Weight<'a> {
     base: Tensor<'a>,
     tuned: Tensor<'a>,
     /// Per merged cycle; the flag is `fan_in_fan_out`. Empty for weights that no cycle adapts.
-    deltas: Vec<(Module<'a>, bool)>,
+    deltas: Vec<(LoraModule<'a>, bool)>,
     /// Whether the weight must equal the recomputed sum.
     adapted: bool,
     rounds: Rounds<'a>,
@@ -174,7 +174,7 @@ fn collect<'a>(
 ) -> Result<()> {
     let mut modules = Vec::new();
     for (i, adapter) in cycles.iter().enumerate() {
-        for module in adapter.modules() {
+        for module in adapter.lora_modules() {
             let module = module?;
             let name = module.tensor_name();
             findings.expect(base.get(&name).is_some(), format!("cycle {}", i + 1), || {
@@ -229,7 +229,7 @@ impl Weight<'_> {
         let (m, n) = self.base.matrix_shape()?;
         let mut deltas = Vec::new();
         for (module, fan_in_fan_out) in &self.deltas {
-            let delta = Merge::new(LowRank::read_f64(module, *fan_in_fan_out)?);
+            let delta = Merge::new(module.low_rank(*fan_in_fan_out)?);
             if delta.factors.shape() != (m, n) {
                 let detail = format!("a cycle's delta is {:?}, the weight [{m}, {n}]", delta.factors.shape());
                 let check = WeightCheck {

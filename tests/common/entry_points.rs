@@ -123,7 +123,7 @@ fn adapter(config: &[u8], tensors: &Path, bytes: Option<&[u8]>) {
     }
     if let Ok(adapter) = Adapter::open(dir.path()) {
         adapter.file().tensors().for_each(check);
-        for module in adapter.modules() {
+        for module in adapter.lora_modules() {
             let module = module.unwrap();
             assert_eq!(module.a.shape(), [module.r * module.experts, module.in_features]);
             assert_eq!(module.b.shape(), [module.out_features, module.r * module.experts]);

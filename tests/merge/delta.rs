@@ -4,7 +4,6 @@ use crate::common::fixtures::{assert_close, fixture, values};
 use relora_kit::{
     adapter::Adapter,
     checkpoint::{Checkpoint, Dtype, dtype::ulp},
-    delta::LowRank,
 };
 
 fn base_plus_delta_is_merged(adapter: &str, base: &str, dtype: Dtype, merged: &str) {
@@ -12,10 +11,10 @@ fn base_plus_delta_is_merged(adapter: &str, base: &str, dtype: Dtype, merged: &s
     let base = Checkpoint::open(&fixture(base)).unwrap();
     let merged = Checkpoint::open(&fixture(&format!("merged/{merged}.safetensors"))).unwrap();
     let mut modules = 0;
-    for module in adapter.modules() {
+    for module in adapter.lora_modules() {
         let module = module.unwrap();
         let name = module.tensor_name();
-        let delta = LowRank::read_f64(&module, false).unwrap();
+        let delta = module.low_rank::<f64>(false).unwrap();
         let (m, n) = delta.shape();
         let terms = delta.left.abs().dot(&delta.right.abs()) * delta.scaling;
         let (w, delta) = (values(&base, &name), delta.dense().into_raw_vec_and_offset().0);

@@ -93,7 +93,7 @@ fn all_of_the_energy_finds_the_rank_and_part_of_it_gives_patterns() {
     }
     // Another program of ours reads ranks and scales as they were meant.
     let adapter = relora_kit::adapter::Adapter::open(Path::new(&desk.path("adapter"))).unwrap();
-    for module in adapter.modules() {
+    for module in adapter.lora_modules() {
         let module = module.unwrap();
         let m = matrices.iter().find(|m| m["name"] == module.tensor_name()).unwrap();
         assert_eq!((module.r as u64, module.scaling), (m["rank"].as_u64().unwrap(), 1.0), "{}", module.name);

@@ -152,7 +152,7 @@ fn a_rank_that_is_less_than_claimed_is_caught() {
     let mut bytes = fs::read(&file).unwrap();
     let b_bytes = 24 * 4 * 4;
     let adapter = relora_kit::adapter::Adapter::open(&path.join("cycles/cycle-002")).unwrap();
-    let module = adapter.modules().map(Result::unwrap).find(|m| m.name.ends_with("q_proj")).unwrap();
+    let module = adapter.lora_modules().map(Result::unwrap).find(|m| m.name.ends_with("q_proj")).unwrap();
     let begin = module.b.offset() as usize + 16;
     drop(adapter);
     bytes[begin..begin + b_bytes - 16].fill(0);
