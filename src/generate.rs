@@ -24,6 +24,8 @@ pub struct Options {
     pub top_k: usize,
     /// Seed of the draw.
     pub seed: u64,
+    /// Give the prompt the special tokens that the tokenizer puts around a text, such as `<s>`.
+    pub special_tokens: bool,
 }
 
 /// Why it ended.
@@ -43,6 +45,8 @@ pub enum Finish {
 pub struct Generated {
     /// The text it began with.
     pub prompt: String,
+    /// The same as ids, special tokens included.
+    pub prompt_tokens: Vec<u32>,
     /// What the model added; bytes that are no UTF-8 are replaced.
     pub text: String,
     /// The same as ids.
@@ -68,7 +72,10 @@ pub fn generate<D: Device>(
         ))
         .help("put the model's tokenizer.json into its folder, or name it with --tokenizer"));
     }
-    let ids = tokenizer.encode(prompt)?;
+    let ids = match options.special_tokens {
+        true => tokenizer.encode_with_special_tokens(prompt)?,
+        false => tokenizer.encode(prompt)?,
+    };
     if ids.is_empty() || ids.len() >= config.max_position_embeddings {
         return Err(Error::request(format!(
             "the prompt has {} tokens, expected 1 to {} (max_position_embeddings - 1)",
@@ -82,12 +89,12 @@ pub fn generate<D: Device>(
     }
     let mut decoder = model.decoder()?;
     let mut logits = Vec::new();
-    for id in ids {
+    for &id in &ids {
         interrupt::check()?;
         logits = decoder.push(id)?;
     }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    let (mut tokens, mut text, mut stream) = (Vec::new(), String::new(), tokenizer.stream());
+    let (mut tokens, mut text, mut stream) = (Vec::new(), String::new(), tokenizer.stream_after(&ids)?);
     let finish = loop {
         if tokens.len() == options.max_new_tokens {
             break Finish::Length;
@@ -111,11 +118,12 @@ pub fn generate<D: Device>(
     };
     // What an incomplete character at the end is decoded to.
     let shown = tokens.strip_suffix(&[tokenizer.end_of_document()]).unwrap_or(&tokens);
-    if let Some(rest) = tokenizer.decode(shown)?.strip_prefix(text.as_str()).filter(|rest| !rest.is_empty()) {
+    if let Some(rest) = tokenizer.decode_after(&ids, shown)?.strip_prefix(text.as_str()).filter(|rest| !rest.is_empty())
+    {
         each(rest)?;
         text.push_str(rest);
     }
-    Ok(Generated { prompt: prompt.to_owned(), text, tokens, finish })
+    Ok(Generated { prompt: prompt.to_owned(), prompt_tokens: ids, text, tokens, finish })
 }
 
 /// The most likely token, or one drawn from the `top_k` most likely with their probabilities.
@@ -147,7 +155,7 @@ mod tests {
     use super::*;
 
     fn options(temperature: f64, top_k: usize) -> Options {
-        Options { max_new_tokens: 5, temperature, top_k, seed: 1 }
+        Options { max_new_tokens: 5, temperature, top_k, seed: 1, special_tokens: true }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::path::PathBuf;
   relora-kit convert old-model/ -o new-model
   relora-kit convert pytorch_model.bin -o model --dtype f16 --max-shard-size 2GB")]
 pub struct Args {
-    /// A .gguf file, a folder with pytorch_model.bin or its shards, or a .bin file
+    /// A .gguf file (or one part of several), a folder with pytorch_model.bin or its shards, or a .bin file
     #[arg(value_name = "IN")]
     input: PathBuf,
     /// The folder to create
@@ -33,6 +33,9 @@ pub struct Args {
     /// A new file begins before it would exceed this size
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = units::parse_bytes)]
     max_shard_size: u64,
+    /// Convert a GGUF file although this setting of it changes the arithmetic and has no place in config.json (repeatable)
+    #[arg(long, value_name = "KEY")]
+    leave_out: Vec<String>,
     /// Replace the output folder if it exists
     #[arg(long)]
     force: bool,
@@ -49,6 +52,7 @@ impl Args {
             dtype: self.dtype.dtype(),
             max_shard_size: self.max_shard_size,
             force: self.force,
+            leave_out: self.leave_out,
         };
         let result = convert::run(&options, progress)?;
         report::emit(&result, self.format, None)?;

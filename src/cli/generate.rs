@@ -43,7 +43,10 @@ pub struct Args {
     /// Seed of the draw
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Print one JSON object at the end: prompt, text, tokens, finish
+    /// Leave out the special tokens that the tokenizer puts around a text, such as <s> in front of it
+    #[arg(long)]
+    no_special_tokens: bool,
+    /// Print one JSON object at the end: prompt, prompt_tokens, text, tokens, finish
     #[arg(long)]
     json: bool,
     /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
@@ -76,6 +79,7 @@ impl Args {
             temperature: self.temperature,
             top_k: self.top_k,
             seed: self.seed,
+            special_tokens: !self.no_special_tokens,
         };
         if self.json {
             let generated = generate(&model, &tokenizer, &self.prompt, &options, &mut |_| Ok(()))?;

@@ -11,14 +11,14 @@ use std::path::PathBuf;
 
 /// Turn text into a token shard to train on
 ///
-/// Reads text, JSON lines (.jsonl) and Parquet, plain or compressed (.gz, .zst), and writes one shard. The byte tokenizer
-/// is built in: ids 0-255 are the bytes of the text, 256 ends a document. Documents that are empty or not UTF-8 are left
-/// out and counted.
+/// Reads text, JSON records, Parquet and Arrow tables, and data sets that the Python library `datasets` saved, plain or
+/// compressed (gzip, zstd), and writes one shard. The byte tokenizer is built in: ids 0-255 are the bytes of the text, 256
+/// ends a document. Empty documents are left out and counted; a record that cannot be read is an error.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   relora-kit tokenize book.txt -o book.safetensors
   relora-kit tokenize src/ docs/ --include '**/*.rs' --max-bytes 8MB -o code.safetensors
-  relora-kit tokenize c4/*.jsonl.zst wiki.parquet --tokenizer llama/tokenizer.json -o text.safetensors
+  relora-kit tokenize c4/*.json.gz wiki.parquet saved_data_set/ --tokenizer llama/tokenizer.json -o text.safetensors
   relora-kit tokenize stories.txt --split-on '<|endoftext|>' --tokenizer SmolLM2-135M -o stories.safetensors")]
 pub struct Args {
     /// Files, or folders to search (in the order of their paths)
@@ -30,12 +30,21 @@ pub struct Args {
     /// Token after each document [default: eos_token of the tokenizer_config.json, or a common name]
     #[arg(long, value_name = "TOKEN")]
     end_of_document: Option<String>,
-    /// Field of JSON lines, or column of Parquet, that holds the text
+    /// Put the tokenizer's special tokens around each document, such as <s> in front, as transformers does
+    #[arg(long)]
+    add_special_tokens: bool,
+    /// Field of JSON records, or column of a table, that holds the text
     #[arg(long, value_name = "NAME", default_value = "text")]
     field: String,
     /// In text files: what stands between two documents (default: a file is one document)
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     split_on: Option<String>,
+    /// What the files hold [default: what their names and first bytes say]
+    #[arg(long = "as", value_name = "CONTENT", value_enum)]
+    content: Option<ContentArg>,
+    /// Leave out and count records and files that cannot be read, instead of refusing them
+    #[arg(long)]
+    skip_unreadable: bool,
     /// In folders, take only files whose path matches
     #[arg(long, value_name = "GLOB")]
     include: Option<globset::Glob>,
@@ -53,13 +62,43 @@ pub struct Args {
     format: Format,
 }
 
+/// [`tokenize::Content`] on the command line.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum ContentArg {
+    /// Plain text
+    Text,
+    /// JSON records: one per line, one after the other, or a list
+    Json,
+    /// A Parquet table
+    Parquet,
+    /// An Arrow table, as a file or a stream
+    Arrow,
+}
+
+impl ContentArg {
+    fn content(self) -> tokenize::Content {
+        match self {
+            ContentArg::Text => tokenize::Content::Text,
+            ContentArg::Json => tokenize::Content::Json,
+            ContentArg::Parquet => tokenize::Content::Parquet,
+            ContentArg::Arrow => tokenize::Content::Arrow,
+        }
+    }
+}
+
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         let options = tokenize::Options {
             inputs: self.inputs,
             include: self.include.map(|glob| glob.compile_matcher()),
-            layout: tokenize::Layout { field: self.field, separator: self.split_on },
+            layout: tokenize::Layout {
+                field: self.field,
+                separator: self.split_on,
+                content: self.content.map(ContentArg::content),
+            },
             max_bytes: self.max_bytes,
+            skip_unreadable: self.skip_unreadable,
+            special_tokens: self.add_special_tokens,
             output: self.output,
             force: self.force,
         };

@@ -36,6 +36,8 @@ pub struct Options {
     pub max_shard_size: u64,
     /// Replace the output if it exists.
     pub force: bool,
+    /// Metadata keys of a GGUF file that the output may lack although they change what the model computes.
+    pub leave_out: Vec<String>,
 }
 
 /// A tensor of the output, and what it comes from.
@@ -57,8 +59,9 @@ trait Source: Sync {
     fn granule(&self, tensor: usize) -> usize;
     /// Elements of a tensor, in the bytes of the output.
     fn read(&self, tensor: usize, elements: Range<usize>) -> Result<Vec<u8>>;
-    /// Writes the files beside the weights; returns sentences about what was left out, and warns of what a user may miss.
-    fn companions(&self, folder: &Path, progress: &Progress) -> Result<Vec<String>>;
+    /// Writes configuration and tokenizer beside the weights; returns sentences about what was left out, and warns of what a
+    /// user may miss.
+    fn sidecar_files(&self, folder: &Path, progress: &Progress) -> Result<Vec<String>>;
 }
 
 /// The result of a conversion.
@@ -110,7 +113,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ConvertReport> {
     let source = open(options)?;
     let specs: Vec<_> = source.tensors().iter().map(|t| t.spec.clone()).collect();
     let staged = StagedDir::create(target)?;
-    let left_out = source.companions(staged.path(), progress)?;
+    let left_out = source.sidecar_files(staged.path(), progress)?;
     let metadata = BTreeMap::from([
         // What `transformers` insists on.
         ("format".to_owned(), "pt".to_owned()),
@@ -144,7 +147,11 @@ fn open(options: &Options) -> Result<Box<dyn Source>> {
         magic[..found.len()].copy_from_slice(&found);
     }
     if &magic == gguf::MAGIC {
-        return Ok(Box::new(gguf::GgufSource::open(path, options.dtype)?));
+        return Ok(Box::new(gguf::GgufSource::open(path, options.dtype, &options.leave_out)?));
+    }
+    if let Some(key) = options.leave_out.first() {
+        return Err(Error::request(format!("--leave-out {key}: '{}' is no GGUF file", path.display()))
+            .help("only settings of GGUF files can be left out"));
     }
     Ok(Box::new(pytorch::PytorchSource::open(path, options.dtype)?))
 }

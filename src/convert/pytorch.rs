@@ -39,7 +39,11 @@ impl PytorchSource {
             None => vec![PickledFile::open(path)?],
         };
         let tied = folder.as_deref().map(says_tied).transpose()?.unwrap_or(false);
-        let mut source = PytorchSource { folder, dtype, files, planned: vec![], stored: vec![], left_out: vec![] };
+        let beside = files.iter().flat_map(|file| file.beside().iter().map(|key| format!("'{key}'")));
+        let beside = beside.collect::<Vec<_>>().join(", ");
+        let left_out =
+            if beside.is_empty() { vec![] } else { vec![format!("beside the state dict, not converted: {beside}")] };
+        let mut source = PytorchSource { folder, dtype, files, planned: vec![], stored: vec![], left_out };
         source.plan(tied)?;
         Ok(source)
     }
@@ -117,7 +121,7 @@ impl Source for PytorchSource {
         Ok(out)
     }
 
-    fn companions(&self, folder: &Path, _: &Progress) -> Result<Vec<String>> {
+    fn sidecar_files(&self, folder: &Path, _: &Progress) -> Result<Vec<String>> {
         if let Some(from) = &self.folder {
             companions::copy(from, folder, &ConfigChanges { dtype: self.dtype, untie: false })?;
         }
@@ -149,6 +153,18 @@ fn says_tied(folder: &Path) -> Result<bool> {
 
 fn open_folder(folder: &Path) -> Result<Vec<PickledFile>> {
     let (single, index) = (folder.join(BIN_NAME), folder.join(BIN_INDEX_NAME));
+    if index.exists() && single.exists() {
+        return Err(Error::request(format!("'{}' holds both {BIN_NAME} and {BIN_INDEX_NAME}", folder.display()))
+            .help("remove the one that is out of date: they may be two models"));
+    }
+    if let Some(name) = [MODEL_NAME, INDEX_NAME].iter().find(|name| folder.join(name).exists())
+        && (index.exists() || single.exists())
+    {
+        return Err(Error::request(format!("'{}' holds {name} beside {BIN_NAME}", folder.display())).help(
+            "transformers and the commands here read the safetensors; to convert the other one, copy it with its config.json \
+             into a folder of its own",
+        ));
+    }
     if index.exists() {
         return open_shards(&index);
     }

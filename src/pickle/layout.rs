@@ -14,6 +14,8 @@ const OLD_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x5
 /// A state dict, its storages, and for each storage where its bytes lie: first and how many.
 pub(super) struct Found {
     pub tensors: Vec<(String, TensorRef)>,
+    /// What stood beside the state dict.
+    pub beside: Vec<String>,
     pub storages: Vec<StorageRef>,
     pub places: Vec<(u64, u64)>,
 }
@@ -68,13 +70,13 @@ fn zipped(file: &File) -> Outcome<Found> {
     reader.seek(SeekFrom::Start(start)).map_err(io)?;
     let mut machine = Machine::new(reader, size);
     let state = machine.run()?;
-    let tensors = machine.state_dict(state)?;
+    let (tensors, beside) = machine.state_dict(state)?;
     let storages = machine.into_storages();
     let place = |s: &StorageRef| {
         let name = format!("{folder}data/{}", s.key);
         entries.get(&name).copied().ok_or_else(|| format!("its zip holds no '{name}'"))
     };
-    Ok(Found { tensors, places: storages.iter().map(place).collect::<Outcome<_>>()?, storages })
+    Ok(Found { tensors, beside, places: storages.iter().map(place).collect::<Outcome<_>>()?, storages })
 }
 
 /// Pickles: magic, protocol, facts about the writer, the state dict, the storages' keys in the order of their bytes; then
@@ -92,7 +94,7 @@ fn old(file: &File, len: u64) -> Outcome<Found> {
         return Err("it is big endian, expected little endian".into());
     }
     let state = machine.run()?;
-    let tensors = machine.state_dict(state)?;
+    let (tensors, beside) = machine.state_dict(state)?;
     let keys = machine.run()?;
     let keys = machine.texts(keys).ok_or("the list of its storages is missing")?;
     let mut at = machine.at();
@@ -118,5 +120,5 @@ fn old(file: &File, len: u64) -> Outcome<Found> {
         place.ok_or_else(|| format!("the bytes of storage '{}' are missing", storages[i].key))
     };
     let places = places.into_iter().enumerate().map(place).collect::<Outcome<_>>()?;
-    Ok(Found { tensors, storages, places })
+    Ok(Found { tensors, beside, storages, places })
 }

@@ -22,7 +22,7 @@ const MAX_AXES: usize = 16;
 const MAX_ARGUMENTS: usize = 16;
 
 /// Dictionaries around a state dict.
-const MAX_DEPTH: usize = 4;
+pub(super) const MAX_DEPTH: usize = 4;
 
 /// A storage as the pickle describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -62,7 +62,7 @@ pub(super) enum Value {
     Other(usize),
 }
 
-type Outcome<T> = Result<T, String>;
+pub(super) type Outcome<T> = Result<T, String>;
 
 pub(super) struct Machine<'a> {
     reader: BufReader<&'a File>,
@@ -70,12 +70,12 @@ pub(super) struct Machine<'a> {
     len: u64,
     stack: Vec<Value>,
     memo: HashMap<u32, Value>,
-    texts: Vec<String>,
+    pub(super) texts: Vec<String>,
     lists: Vec<Vec<Value>>,
-    dicts: Vec<Vec<(Value, Value)>>,
+    pub(super) dicts: Vec<Vec<(Value, Value)>>,
     storages: Vec<StorageRef>,
     known: HashMap<StorageRef, usize>,
-    tensors: Vec<TensorRef>,
+    pub(super) tensors: Vec<TensorRef>,
 }
 
 impl<'a> Machine<'a> {
@@ -284,42 +284,6 @@ impl<'a> Machine<'a> {
         list.iter().map(extent).collect()
     }
 
-    /// The tensors of a state dict, or of the one below `state_dict`, `model_state_dict`, `model` or `module`.
-    pub fn state_dict(&self, value: Value) -> Outcome<Vec<(String, TensorRef)>> {
-        self.state_dict_below(value, MAX_DEPTH)
-    }
-
-    fn state_dict_below(&self, value: Value, depth: usize) -> Outcome<Vec<(String, TensorRef)>> {
-        let Value::Dict(dict) = value else { return Err("it holds no dictionary of tensors".into()) };
-        let is_tensor = |v: &Value| matches!(v, Value::Tensor(_));
-        let entries = &self.dicts[dict];
-        if !entries.iter().any(|(_, v)| is_tensor(v)) {
-            for name in ["state_dict", "model_state_dict", "model", "module"] {
-                // A dictionary may hold itself.
-                if let Some(Value::Dict(inner)) = self.item(value, name)
-                    && depth > 0
-                    && self.dicts[inner].iter().any(|(_, v)| matches!(v, Value::Tensor(_) | Value::Other(_)))
-                {
-                    return self.state_dict_below(Value::Dict(inner), depth - 1);
-                }
-            }
-            let other =
-                entries.iter().find_map(|e| if let (_, Value::Other(i)) = e { Some(self.quoted(*i)) } else { None });
-            let found = other.map_or(String::new(), |what| format!(", but {what}"));
-            return Err(format!("it holds no dictionary of tensors{found}"));
-        }
-        let entry = |&(key, value): &(Value, Value)| {
-            let Value::Text(key) = key else { return Err("a key of its dictionary is no text".to_owned()) };
-            let key = self.name(key)?;
-            match value {
-                Value::Tensor(t) => Ok((key.to_owned(), self.tensors[t].clone())),
-                Value::Other(what) => Err(format!("'{key}' is {}, expected a tensor", self.quoted(what))),
-                _ => Err(format!("'{key}' is no tensor")),
-            }
-        };
-        entries.iter().map(entry).collect()
-    }
-
     /// The value of a dictionary's key.
     pub fn item(&self, dict: Value, name: &str) -> Option<Value> {
         let Value::Dict(dict) = dict else { return None };
@@ -394,13 +358,13 @@ impl<'a> Machine<'a> {
     }
 
     /// A description as it is, the name of a class in quotes.
-    fn quoted(&self, what: usize) -> String {
+    pub(super) fn quoted(&self, what: usize) -> String {
         let text = &self.texts[what];
         if text.contains(' ') { text.clone() } else { format!("'{text}'") }
     }
 
     /// A text that is used as a name.
-    fn name(&self, text: usize) -> Outcome<&str> {
+    pub(super) fn name(&self, text: usize) -> Outcome<&str> {
         let name = &self.texts[text];
         if name.len() <= MAX_NAME { Ok(name) } else { Err(format!("a name of {} bytes", name.len())) }
     }

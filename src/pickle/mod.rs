@@ -6,6 +6,7 @@
 
 mod layout;
 mod machine;
+mod state_dict;
 
 use crate::{
     checkpoint::{Dtype, dtype},
@@ -75,6 +76,7 @@ pub struct PickledFile {
     file: File,
     len: u64,
     tensors: Vec<PickledTensor>,
+    beside: Vec<String>,
 }
 
 impl PickledFile {
@@ -92,7 +94,7 @@ impl PickledFile {
             let tensor = place(&name, tensor, &found.storages, &found.places);
             tensors.push(tensor.map_err(|what| bad(path, format!("tensor '{name}' {what}")))?);
         }
-        Ok(PickledFile { path: path.to_owned(), file, len, tensors })
+        Ok(PickledFile { path: path.to_owned(), file, len, tensors, beside: found.beside })
     }
 
     /// Where it is.
@@ -108,6 +110,11 @@ impl PickledFile {
     /// In the order of the state dict.
     pub fn tensors(&self) -> &[PickledTensor] {
         &self.tensors
+    }
+
+    /// Names of what stands beside the state dict: an optimiser's state, a number of updates.
+    pub fn beside(&self) -> &[String] {
+        &self.beside
     }
 
     /// Elements of a tensor, row-major, in their own type. Of a tensor that is not contiguous the whole is read.

@@ -9,6 +9,7 @@ mod merge;
 mod merge_plan;
 pub mod spectrum;
 pub mod table;
+mod tokenize;
 mod train;
 pub mod units;
 pub mod verify;

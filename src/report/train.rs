@@ -1,14 +1,13 @@
-//! Training, tokenizing and evaluation as tables.
+//! Training and evaluation as tables.
 
 use super::{Report, table::Table, units::bytes};
 use crate::{
     ops::OperationTime,
-    tokenize,
     train::{config::Mode, evaluate::Evaluation, plan::Plan, session::Summary},
 };
 use std::time::Duration;
 
-fn facts(title: &str, rows: Vec<(&str, String)>) -> Vec<Table> {
+pub(super) fn facts(title: &str, rows: Vec<(&str, String)>) -> Vec<Table> {
     let mut table = Table::new(title, &["", ""]);
     rows.into_iter().for_each(|(name, value)| table.row(vec![name.to_owned(), value]));
     vec![table]
@@ -129,20 +128,6 @@ impl Report for Plan {
 /// `58.1 M`.
 fn millions(n: u64) -> String {
     format!("{:.1} M", n as f64 / 1e6)
-}
-
-impl Report for tokenize::Summary {
-    fn tables(&self) -> Vec<Table> {
-        let rows = vec![
-            ("documents", self.documents.to_string()),
-            ("text", bytes(self.text_bytes)),
-            ("tokens", self.tokens.to_string()),
-            ("tokenizer", self.tokenizer.to_owned()),
-            ("vocab_size", self.vocab_size.to_string()),
-            ("skipped (empty or not UTF-8)", self.skipped.to_string()),
-        ];
-        facts(&format!("{}", self.output.display()), rows)
-    }
 }
 
 impl Report for Evaluation {

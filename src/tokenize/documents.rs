@@ -1,283 +1,258 @@
-//! Documents out of text, JSON lines and Parquet files, plain or compressed, one after the other.
+//! Documents out of text, JSON, Parquet and Arrow files, plain or compressed, one after the other.
 
+use super::{arrow, json, parquet, stream};
 use crate::error::{Error, Result};
-use parquet::{
-    file::{reader::SerializedFileReader, serialized_reader::ReadOptionsBuilder},
-    record::RowAccessor,
-    schema::types::Type,
-};
-use serde_json::Value;
 use std::{
-    fs::{self, File},
-    io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
-    sync::Arc,
+    io::{BufRead, BufReader, Cursor, Read},
+    path::Path,
 };
 
 /// How files are cut into documents.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
-    /// Field or column of JSON lines and Parquet that holds the text.
+    /// Field or column that holds the text, in files of records.
     pub field: String,
     /// In text files: what stands between two documents. Without it a file is one document.
     pub separator: Option<String>,
+    /// What every file holds; by default its name and its first bytes tell.
+    pub content: Option<Content>,
 }
 
-/// What a file's name says about its content.
+/// What a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub enum Content {
+    /// Plain text.
     Text,
-    JsonLines,
+    /// JSON records: one per line, one after the other, or a list.
+    Json,
+    /// A Parquet table.
     Parquet,
+    /// An Arrow table: a file, or a stream as `datasets` writes it.
+    Arrow,
+}
+
+/// One document, or why there is none.
+#[derive(Debug)]
+pub enum Document {
+    /// Its text.
+    Text(String),
+    /// A row without a value.
+    Empty,
+    /// A record that cannot be read.
+    Unreadable(Error),
+}
+
+/// Takes documents until it returns false.
+pub type Sink<'a> = dyn FnMut(Document) -> Result<bool> + 'a;
+
+/// Bytes that are looked at before a file is read: enough for every signature.
+const HEAD: usize = 64 << 10;
+
+/// The extensions of tables that have no reader here: their commas and headers are no text.
+const TABLES: [&str; 4] = ["csv", "tsv", "xlsx", "xls"];
+
+/// Formats that are not text, by their first bytes (at an offset).
+const FOREIGN: [(usize, &[u8], &str); 9] = [
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"BZh", "compressed by bzip2"),
+    (0, b"\xfd7zXZ\0", "compressed by xz"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"%PDF-", "a PDF document"),
+    (0, b"\xff\xfe", "UTF-16 text"),
+    (0, b"\xfe\xff", "UTF-16 text"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+];
+
+/// What a file's name says about its content, and whether it names a compression.
+pub fn content_by_name(path: &Path) -> (Content, bool) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let (name, compressed) = match name.rsplit_once('.') {
+        Some((stem, "gz" | "zst" | "zstd")) => (stem.to_owned(), true),
+        _ => (name, false),
+    };
+    let content = match name.rsplit_once('.').map(|(_, extension)| extension) {
+        Some("json" | "jsonl" | "ndjson") => Content::Json,
+        Some("parquet") => Content::Parquet,
+        Some("arrow" | "feather") => Content::Arrow,
+        _ => Content::Text,
+    };
+    (content, compressed)
+}
+
+/// Calls `each` with every document of `path`, in order, until it returns false. Returns whether all were wanted.
+/// `content` is what the folder around the file says that it holds.
+pub fn read(path: &Path, content: Option<Content>, layout: &Layout, each: &mut Sink) -> Result<bool> {
+    let source = stream::open(path)?;
+    let (head, rest) = look_ahead(source, path)?;
+    let (by_name, named_compressed) = content_by_name(path);
+    let named = content.unwrap_or(by_name);
+    let decompressed: Box<dyn Read> = match compression(&head) {
+        Some(kind) => {
+            let whole = BufReader::new(Cursor::new(head).chain(rest));
+            match kind {
+                Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
+                Compression::Zstd => Box::new(
+                    zstd::stream::read::Decoder::with_buffer(whole).map_err(|e| Error::io("decompress", path, e))?,
+                ),
+            }
+        }
+        None if named_compressed => {
+            return Err(Error::request(format!(
+                "'{}' is named as a compressed file, but its first bytes are neither gzip's nor zstd's",
+                path.display()
+            ))
+            .help("rename it if it holds plain data, else write or download it again"));
+        }
+        None => return plain(path, head, rest, named, layout, false, each),
+    };
+    let (head, rest) = look_ahead(decompressed, path)?;
+    plain(path, head, rest, named, layout, true, each)
+}
+
+/// Reads what is not compressed, or no longer so. `head` comes before `rest`.
+fn plain(
+    path: &Path,
+    head: Vec<u8>,
+    rest: Box<dyn Read>,
+    named: Content,
+    layout: &Layout,
+    compressed: bool,
+    each: &mut Sink,
+) -> Result<bool> {
+    let found = match layout.content {
+        Some(content) => content,
+        None => content_by_head(&head).unwrap_or(named),
+    };
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    if layout.content.is_none() && TABLES.contains(&extension.as_str()) {
+        return Err(Error::request(format!(
+            "'{}' holds a table ({extension}), which has no reader here",
+            path.display()
+        ))
+        .help("write it as .jsonl or .parquet, or train on its commas and names, too, with --as text"));
+    }
+    let whole = |head: Vec<u8>, rest| BufReader::with_capacity(1 << 20, Cursor::new(head).chain(rest));
+    match found {
+        Content::Parquet | Content::Arrow if compressed => {
+            Err(Error::request(format!("'{}' is {} inside another compression", path.display(), name(found)))
+                .help("decompress it first: the format compresses its own pages"))
+        }
+        Content::Parquet => parquet::rows(path, &layout.field, each),
+        Content::Arrow if head.starts_with(arrow::FILE_MAGIC) => arrow::file_rows(path, &layout.field, each),
+        Content::Arrow => arrow::stream_rows(path, whole(head, rest), &layout.field, each),
+        Content::Json => {
+            let lines = path.to_string_lossy().to_lowercase();
+            let lines = [".jsonl", ".ndjson"].iter().any(|end| lines.contains(end));
+            let copy = head.clone();
+            // The reader begins at the head's first byte again.
+            json::records(path, &copy, lines, whole(head, rest), &layout.field, each)
+        }
+        Content::Text => {
+            if let Some(kind) = foreign(&head) {
+                return each(Document::Unreadable(not_text(path, kind)));
+            }
+            text(path, &head, whole(head.clone(), rest), layout.separator.as_deref(), each)
+        }
+    }
+}
+
+fn name(content: Content) -> &'static str {
+    match content {
+        Content::Text => "text",
+        Content::Json => "JSON",
+        Content::Parquet => "Parquet",
+        Content::Arrow => "Arrow",
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Compression {
-    None,
     Gzip,
     Zstd,
 }
 
-fn kind_of(path: &Path) -> (Kind, Compression) {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-    let (name, compression) = match name.rsplit_once('.') {
-        Some((stem, "gz")) => (stem.to_owned(), Compression::Gzip),
-        Some((stem, "zst" | "zstd")) => (stem.to_owned(), Compression::Zstd),
-        _ => (name, Compression::None),
-    };
-    let kind = match name.rsplit_once('.').map(|(_, extension)| extension) {
-        Some("jsonl" | "ndjson") => Kind::JsonLines,
-        Some("parquet") => Kind::Parquet,
-        _ => Kind::Text,
-    };
-    (kind, compression)
-}
-
-/// Calls `each` with every document of `path`, in order, until it returns false. Returns whether all were wanted.
-/// A text file that is not UTF-8 counts as `None`.
-pub fn read(path: &Path, layout: &Layout, each: &mut dyn FnMut(Option<String>) -> Result<bool>) -> Result<bool> {
-    let (kind, compression) = kind_of(path);
-    match kind {
-        Kind::Parquet if compression == Compression::None => parquet_rows(path, &layout.field, each),
-        Kind::Parquet => Err(Error::request(format!("'{}' is Parquet inside another compression", path.display()))
-            .help("decompress it first: Parquet compresses its own pages")),
-        Kind::JsonLines => json_lines(path, compression, &layout.field, each),
-        Kind::Text => text(path, compression, layout.separator.as_deref(), each),
+fn compression(head: &[u8]) -> Option<Compression> {
+    match head {
+        [0x1f, 0x8b, ..] => Some(Compression::Gzip),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
+        _ => None,
     }
 }
 
-fn open(path: &Path, compression: Compression) -> Result<Box<dyn Read>> {
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    Ok(match compression {
-        Compression::None => Box::new(file),
-        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(BufReader::new(file))),
-        Compression::Zstd => {
-            Box::new(zstd::stream::read::Decoder::new(file).map_err(|e| Error::io("decompress", path, e))?)
-        }
+/// The formats that begin with a signature, whatever the file is called.
+fn content_by_head(head: &[u8]) -> Option<Content> {
+    match head {
+        [b'P', b'A', b'R', b'1', ..] => Some(Content::Parquet),
+        _ if head.starts_with(arrow::FILE_MAGIC) || arrow::begins_stream(head) => Some(Content::Arrow),
+        _ => None,
+    }
+}
+
+fn foreign(head: &[u8]) -> Option<&'static str> {
+    FOREIGN.iter().find(|(at, magic, _)| head.get(*at..).is_some_and(|h| h.starts_with(magic))).map(|f| f.2)
+}
+
+fn not_text(path: &Path, kind: &str) -> Error {
+    Error::request(format!("'{}' is no UTF-8 text: it is {kind}", path.display())).help(match kind {
+        "UTF-16 text" => "convert it first: iconv -f UTF-16 -t UTF-8",
+        _ => "unpack or convert it first, or leave such files out with --skip-unreadable",
     })
 }
 
-fn text(
-    path: &Path,
-    compression: Compression,
-    separator: Option<&str>,
-    each: &mut dyn FnMut(Option<String>) -> Result<bool>,
-) -> Result<bool> {
-    let mut reader = BufReader::with_capacity(1 << 20, open(path, compression)?);
+/// The first bytes, and a reader of what follows them.
+fn look_ahead(mut source: Box<dyn Read>, path: &Path) -> Result<(Vec<u8>, Box<dyn Read>)> {
+    let mut head = Vec::new();
+    source.by_ref().take(HEAD as u64).read_to_end(&mut head).map_err(|e| Error::io("read", path, e))?;
+    Ok((head, source))
+}
+
+fn text(path: &Path, head: &[u8], mut reader: impl BufRead, separator: Option<&str>, each: &mut Sink) -> Result<bool> {
+    let io = |e| Error::io("read", path, e);
+    if head.starts_with(json::BYTE_ORDER_MARK) {
+        reader.consume(json::BYTE_ORDER_MARK.len());
+    }
+    let document = |bytes: Vec<u8>, line: u64| match String::from_utf8(bytes) {
+        Ok(text) => Document::Text(text),
+        Err(e) => {
+            let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+            let byte = e.as_bytes().get(valid.len()).copied().unwrap_or_default();
+            let line = line + newlines(valid);
+            Document::Unreadable(
+                Error::request(format!("'{}' line {line}: the byte {byte:#04x} is not UTF-8 text", path.display()))
+                    .help("convert it to UTF-8 (iconv -f LATIN1 -t UTF-8), or leave it out with --skip-unreadable"),
+            )
+        }
+    };
     let Some(separator) = separator else {
         let mut bytes = Vec::new();
-        reader.read_to_end(&mut bytes).map_err(|e| Error::io("read", path, e))?;
-        return each(String::from_utf8(bytes).ok());
+        reader.read_to_end(&mut bytes).map_err(io)?;
+        return each(document(bytes, 1));
     };
     // Up to the last byte of the separator; the piece is a document if it ends with the whole of it.
-    let (separator, mut piece) = (separator.as_bytes(), Vec::new());
+    let (separator, mut piece, mut line) = (separator.as_bytes(), Vec::new(), 1);
+    let last = separator.last().copied().unwrap_or(b'\n');
     loop {
         let before = piece.len();
-        let last = separator[separator.len() - 1];
-        reader.read_until(last, &mut piece).map_err(|e| Error::io("read", path, e))?;
+        reader.read_until(last, &mut piece).map_err(io)?;
         let at_end = piece.len() == before;
         if at_end && piece.is_empty() {
             return Ok(true);
         }
         if at_end || piece.ends_with(separator) {
             let end = piece.len() - if piece.ends_with(separator) { separator.len() } else { 0 };
-            if !each(String::from_utf8(piece[..end].to_vec()).ok())? {
+            if !each(document(piece[..end].to_vec(), line))? {
                 return Ok(false);
             }
+            line += newlines(&piece);
             piece.clear();
         }
     }
 }
 
-fn json_lines(
-    path: &Path,
-    compression: Compression,
-    field: &str,
-    each: &mut dyn FnMut(Option<String>) -> Result<bool>,
-) -> Result<bool> {
-    let reader = BufReader::with_capacity(1 << 20, open(path, compression)?);
-    for (i, line) in reader.split(b'\n').enumerate() {
-        let line = line.map_err(|e| Error::io("read", path, e))?;
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        let wrong = |what: String| Error::request(format!("'{}' line {}: {what}", path.display(), i + 1));
-        let mut value: Value = serde_json::from_slice(&line).map_err(|e| wrong(e.to_string()))?;
-        let Value::String(text) = value[field].take() else {
-            return Err(wrong(format!("no text in the field '{field}'")).help("name the field with --field"));
-        };
-        if !each(Some(text))? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-fn parquet_rows(path: &Path, column: &str, each: &mut dyn FnMut(Option<String>) -> Result<bool>) -> Result<bool> {
-    use parquet::file::reader::FileReader;
-    let wrong = |e: parquet::errors::ParquetError| Error::request(format!("'{}': {e}", path.display()));
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    let options = ReadOptionsBuilder::new().build();
-    let reader = SerializedFileReader::new_with_options(file, options).map_err(wrong)?;
-    let schema = reader.metadata().file_metadata().schema();
-    let columns: Vec<&str> = schema.get_fields().iter().map(|f| f.name()).collect();
-    let Some(place) = columns.iter().position(|name| *name == column) else {
-        return Err(Error::request(format!(
-            "'{}' has no column '{column}': it has {}",
-            path.display(),
-            columns.join(", ")
-        ))
-        .help("name the column with --field"));
-    };
-    let wanted = vec![Arc::clone(&schema.get_fields()[place])];
-    let projection = Type::group_type_builder(schema.name()).with_fields(wanted).build().map_err(wrong)?;
-    for row in reader.get_row_iter(Some(projection)).map_err(wrong)? {
-        let row = row.map_err(wrong)?;
-        if row.is_null(0).map_err(wrong)? {
-            continue;
-        }
-        let text = match (row.get_string(0), row.get_bytes(0)) {
-            (Ok(text), _) => Some(text.clone()),
-            (_, Ok(bytes)) => String::from_utf8(bytes.data().to_vec()).ok(),
-            (Err(e), _) => return Err(wrong(e).help("the column must hold text")),
-        };
-        if !each(text)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// `input` itself if it is a file, else the files below it, sorted by path.
-pub fn files(input: &Path, include: Option<&globset::GlobMatcher>) -> Result<Vec<PathBuf>> {
-    if !input.metadata().map_err(|e| Error::io("open", input, e))?.is_dir() {
-        return Ok(vec![input.to_owned()]);
-    }
-    let mut files = Vec::new();
-    let mut folders = vec![input.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).map_err(|e| Error::io("read", &folder, e))? {
-            let entry = entry.map_err(|e| Error::io("read", &folder, e))?;
-            let kind = entry.file_type().map_err(|e| Error::io("read", &folder, e))?;
-            let path = entry.path();
-            if kind.is_dir() {
-                folders.push(path);
-            } else if kind.is_file() && include.is_none_or(|glob| glob.is_match(&path)) {
-                files.push(path);
-            }
-        }
-    }
-    files.sort();
-    Ok(files)
+fn newlines(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|&&b| b == b'\n').count() as u64
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn all(path: &Path, layout: &Layout) -> Result<Vec<Option<String>>> {
-        let mut found = Vec::new();
-        read(path, layout, &mut |document| {
-            found.push(document);
-            Ok(true)
-        })?;
-        Ok(found)
-    }
-
-    #[test]
-    fn every_layout_and_compression_gives_the_same_documents() {
-        let root = tempfile::tempdir().unwrap();
-        let layout = Layout { field: "text".into(), separator: Some("<|end|>".into()) };
-        let lines = "{\"text\":\"one\\ntwo\",\"id\":1}\n\n{\"id\":2,\"text\":\"drei\"}\n";
-        let plain = "one\ntwo<|end|>drei";
-        let gzip = |bytes: &str| {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-            encoder.write_all(bytes.as_bytes()).unwrap();
-            encoder.finish().unwrap()
-        };
-        let files = [
-            ("a.jsonl", lines.as_bytes().to_vec()),
-            ("a.jsonl.gz", gzip(lines)),
-            ("a.ndjson.zst", zstd::encode_all(lines.as_bytes(), 1).unwrap()),
-            ("a.txt", plain.as_bytes().to_vec()),
-            ("a.txt.gz", gzip(plain)),
-            ("a.md.zst", zstd::encode_all(plain.as_bytes(), 1).unwrap()),
-        ];
-        for (name, bytes) in files {
-            let path = root.path().join(name);
-            fs::write(&path, bytes).unwrap();
-            let expected = [Some("one\ntwo".to_owned()), Some("drei".to_owned())];
-            assert_eq!(all(&path, &layout).unwrap(), expected, "{name}");
-        }
-        let path = root.path().join("a.txt");
-        let whole = Layout { separator: None, ..layout };
-        assert_eq!(all(&path, &whole).unwrap(), [Some(plain.to_owned())]);
-    }
-
-    #[test]
-    fn a_parquet_column_is_read_row_by_row() {
-        use parquet::{
-            data_type::{ByteArray, ByteArrayType},
-            file::{properties::WriterProperties, writer::SerializedFileWriter},
-            schema::parser::parse_message_type,
-        };
-        let root = tempfile::tempdir().unwrap();
-        let path = root.path().join("a.parquet");
-        let schema = "message m { required binary url (UTF8); optional binary text (UTF8); }";
-        let schema = Arc::new(parse_message_type(schema).unwrap());
-        let properties = WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build();
-        let file = File::create(&path).unwrap();
-        let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
-        let mut rows = writer.next_row_group().unwrap();
-        for (values, levels) in [(["u", "v", "w"].as_slice(), None), (&["one", "drei"], Some(&[1i16, 0, 1][..]))] {
-            let mut column = rows.next_column().unwrap().unwrap();
-            let values: Vec<ByteArray> = values.iter().map(|v| ByteArray::from(*v)).collect();
-            column.typed::<ByteArrayType>().write_batch(&values, levels, None).unwrap();
-            column.close().unwrap();
-        }
-        rows.close().unwrap();
-        writer.close().unwrap();
-
-        let layout = |field: &str| Layout { field: field.into(), separator: None };
-        assert_eq!(all(&path, &layout("text")).unwrap(), [Some("one".to_owned()), Some("drei".to_owned())]);
-        let error = all(&path, &layout("content")).unwrap_err();
-        assert!(error.message.contains("no column 'content': it has url, text"), "{error}");
-        fs::write(&path, "PAR1 but not really PAR1").unwrap();
-        assert!(all(&path, &layout("text")).is_err());
-    }
-
-    #[test]
-    fn damaged_lines_and_streams_are_named() {
-        let root = tempfile::tempdir().unwrap();
-        let layout = Layout { field: "text".into(), separator: None };
-        let path = root.path().join("a.jsonl");
-        fs::write(&path, "{\"text\":\"x\"}\n{\"title\":\"y\"}\n").unwrap();
-        assert!(all(&path, &layout).unwrap_err().message.contains("line 2: no text in the field 'text'"));
-        for name in ["b.txt.gz", "b.txt.zst"] {
-            let path = root.path().join(name);
-            fs::write(&path, "not compressed").unwrap();
-            assert!(all(&path, &layout).unwrap_err().message.contains(name));
-        }
-    }
-}
+mod tests;

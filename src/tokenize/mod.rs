@@ -1,12 +1,21 @@
 //! Text -> token shard: documents are read in order, tokenized together on all threads, and written as they come, so
 //! that memory does not grow with the text.
 
+mod arrow;
 mod documents;
+mod input_files;
+mod json;
+mod json_value;
+mod parquet;
 mod shard;
+mod stream;
+mod text_stream;
 mod tokenizer;
 
-pub use documents::Layout;
-pub use tokenizer::{BYTE_VOCABULARY, END_OF_DOCUMENT, TextStream, Tokenizer};
+pub use documents::{Content, Layout};
+pub use input_files::LeftOut;
+pub use text_stream::TextStream;
+pub use tokenizer::{BYTE_VOCABULARY, END_OF_DOCUMENT, Tokenizer};
 
 use crate::{
     error::{Error, Result},
@@ -15,7 +24,9 @@ use crate::{
     progress::Progress,
     staged::{StagedFile, Target},
 };
+use documents::Document;
 use indicatif::ProgressBar;
+use input_files::InputFile;
 use rayon::prelude::*;
 use serde::Serialize;
 use shard::ShardWriter;
@@ -34,6 +45,10 @@ pub struct Options {
     pub layout: Layout,
     /// Stop after this many bytes of text.
     pub max_bytes: Option<u64>,
+    /// Leave out and count what cannot be read, instead of refusing it.
+    pub skip_unreadable: bool,
+    /// Put the tokenizer's special tokens around each document, as its own template says.
+    pub special_tokens: bool,
     /// The shard.
     pub output: PathBuf,
     /// Replace the shard if it exists.
@@ -56,21 +71,28 @@ pub struct Summary {
     pub vocab_size: usize,
     /// Name of the tokenizer.
     pub tokenizer: &'static str,
-    /// Documents that were left out because they are not UTF-8 text, or empty.
+    /// Documents that were left out: the sum of the two counts below and of files that are no text.
     pub skipped: u64,
+    /// Documents without text.
+    pub empty: u64,
+    /// Records that cannot be read, left out with `skip_unreadable`.
+    pub unreadable: u64,
+    /// What the search of folders passed over.
+    pub left_out: LeftOut,
 }
 
 /// Reads every input in the order given (folders in the order of their paths) and writes one shard.
 pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Result<Summary> {
     let mut files = Vec::new();
+    let mut left_out = LeftOut::default();
     for input in &options.inputs {
-        files.extend(documents::files(input, options.include.as_ref())?);
+        files.extend(input_files::files(input, options.include.as_ref(), options.layout.content, &mut left_out)?);
     }
-    let total = files.iter().map(|f| f.metadata().map_or(0, |m| m.len())).sum::<u64>();
-    let mut inputs = Inputs::of(&options.inputs);
-    inputs.extend(tokenizer.path());
-    inputs.extend(&files);
-    let staged = StagedFile::create(Target::file(&options.output, options.force, &inputs)?)?;
+    let total = files.iter().map(|f| f.path.metadata().map_or(0, |m| m.len())).sum::<u64>();
+    let mut sources = Inputs::of(&options.inputs);
+    sources.extend(tokenizer.path());
+    sources.extend(files.iter().map(|f| &f.path));
+    let staged = StagedFile::create(Target::file(&options.output, options.force, &sources)?)?;
     let bar = progress.bytes("tokenizing", total.min(options.max_bytes.unwrap_or(u64::MAX)));
     let mut job = Job {
         tokenizer,
@@ -78,24 +100,45 @@ pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Res
         batch: Vec::new(),
         batched: 0,
         left: options.max_bytes.unwrap_or(u64::MAX),
+        special_tokens: options.special_tokens,
         bar: &bar,
         documents: 0,
         text_bytes: 0,
-        skipped: 0,
+        empty: 0,
+        unreadable: 0,
     };
     for file in &files {
-        if !documents::read(file, &options.layout, &mut |document| job.take(document))? {
+        let mut no_text = None;
+        let wants_more = documents::read(&file.path, file.content, &options.layout, &mut |document| match document {
+            Document::Text(text) => job.take(text),
+            Document::Empty => job.take(String::new()),
+            Document::Unreadable(_) if options.skip_unreadable => {
+                job.unreadable += 1;
+                Ok(true)
+            }
+            // A folder may hold pictures and programs beside its text.
+            Document::Unreadable(error) if !file.named && is_whole_file(file, &options.layout) => {
+                no_text = Some(error);
+                Ok(true)
+            }
+            Document::Unreadable(error) => Err(error),
+        })?;
+        if let Some(error) = no_text {
+            left_out.not_text += 1;
+            progress.detail(&format!("left out: {error}"));
+        }
+        if !wants_more {
             break;
         }
     }
     job.flush()?;
     bar.finish_and_clear();
-    if job.documents == 0 {
-        let names = options.inputs.iter().map(|p| format!("'{}'", p.display())).collect::<Vec<_>>().join(", ");
-        return Err(Error::request(format!("no text in {names}: {} documents are empty or not UTF-8", job.skipped))
-            .help("name text files, or folders that hold some"));
+    let Job { shard, documents, text_bytes, empty, unreadable, .. } = job;
+    let skipped = empty + unreadable + left_out.not_text;
+    if documents == 0 {
+        return Err(nothing(options, files.len(), empty, unreadable, &left_out));
     }
-    let Job { shard, documents, text_bytes, skipped, .. } = job;
+    warn(&left_out, unreadable, progress);
     let tokens = shard.finish()?;
     staged.commit()?;
     Ok(Summary {
@@ -106,7 +149,52 @@ pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Res
         vocab_size: tokenizer.vocab_size(),
         tokenizer: tokenizer.name(),
         skipped,
+        empty,
+        unreadable,
+        left_out,
     })
+}
+
+/// Whether a file is one document, so that what is unreadable in it is all of it.
+fn is_whole_file(file: &InputFile, layout: &Layout) -> bool {
+    let content = layout.content.or(file.content).unwrap_or(documents::content_by_name(&file.path).0);
+    content == Content::Text && layout.separator.is_none()
+}
+
+fn nothing(options: &Options, files: usize, empty: u64, unreadable: u64, left_out: &LeftOut) -> Error {
+    let names = options.inputs.iter().map(|p| format!("'{}'", p.display())).collect::<Vec<_>>().join(", ");
+    let counts = [
+        (empty, "documents are empty"),
+        (unreadable, "records cannot be read"),
+        (left_out.not_text, "files are not UTF-8 text"),
+        (left_out.hidden, "files or folders are hidden"),
+        (left_out.linked_folders, "are links to folders"),
+        (left_out.special, "are pipes, devices or sockets"),
+        (left_out.about_data, "only describe data"),
+    ];
+    let mut reasons: Vec<String> =
+        counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+    if files == 0 && options.include.is_some() {
+        reasons.push("no file matches --include".into());
+    }
+    if reasons.is_empty() {
+        reasons.push(if files == 0 { "it holds no files".into() } else { format!("{files} files hold no document") });
+    }
+    Error::request(format!("no text in {names}: {}", reasons.join(", ")))
+        .help("name text files or files of records themselves, or folders that hold some")
+}
+
+fn warn(left_out: &LeftOut, unreadable: u64, progress: &Progress) {
+    for (count, what) in [
+        (unreadable, "records that cannot be read were left out"),
+        (left_out.not_text, "files that are no UTF-8 text were left out (-v names them)"),
+        (left_out.linked_folders, "links to folders were not followed"),
+        (left_out.special, "pipes, devices or sockets inside folders were left out"),
+    ] {
+        if count > 0 {
+            progress.warn(&format!("{count} {what}"));
+        }
+    }
 }
 
 struct Job<'a> {
@@ -116,20 +204,22 @@ struct Job<'a> {
     batched: usize,
     /// Bytes of text that are still wanted.
     left: u64,
+    special_tokens: bool,
     bar: &'a ProgressBar,
     documents: u64,
     text_bytes: u64,
-    skipped: u64,
+    empty: u64,
+    unreadable: u64,
 }
 
 impl Job<'_> {
     /// Queues a document. Returns whether more are wanted.
-    fn take(&mut self, document: Option<String>) -> Result<bool> {
+    fn take(&mut self, mut text: String) -> Result<bool> {
         interrupt::check()?;
-        let Some(mut text) = document.filter(|text| !text.is_empty()) else {
-            self.skipped += 1;
+        if text.is_empty() {
+            self.empty += 1;
             return Ok(true);
-        };
+        }
         if text.len() as u64 > self.left {
             let end = text.floor_char_boundary(self.left as usize);
             text.truncate(end);
@@ -147,11 +237,18 @@ impl Job<'_> {
     }
 
     fn flush(&mut self) -> Result<()> {
-        let encoded: Vec<Vec<u32>> =
-            self.batch.par_iter().map(|text| self.tokenizer.encode(text)).collect::<Result<_>>()?;
+        let encode = |text: &String| match self.special_tokens {
+            true => self.tokenizer.encode_with_special_tokens(text),
+            false => self.tokenizer.encode(text),
+        };
+        let encoded: Vec<Vec<u32>> = self.batch.par_iter().map(encode).collect::<Result<_>>()?;
+        let end = self.tokenizer.end_of_document();
         for ids in &encoded {
             self.shard.append(ids)?;
-            self.shard.append(&[self.tokenizer.end_of_document()])?;
+            // A template may have ended the document already.
+            if !(self.special_tokens && ids.last() == Some(&end)) {
+                self.shard.append(&[end])?;
+            }
         }
         self.documents += self.batch.len() as u64;
         self.text_bytes += self.batched as u64;
@@ -172,8 +269,10 @@ mod tests {
         Options {
             inputs: vec![root.join("in")],
             include: None,
-            layout: Layout { field: "text".into(), separator: None },
+            layout: Layout { field: "text".into(), ..Layout::default() },
             max_bytes: None,
+            skip_unreadable: false,
+            special_tokens: false,
             output: root.join("shard.safetensors"),
             force: false,
         }

@@ -1,14 +1,20 @@
 //! What turns text into ids: the bytes themselves, or a Hugging Face `tokenizer.json`.
+//!
+//! What is right is what `transformers.AutoTokenizer` gives (read at version 5.23): truncation and padding that a
+//! `tokenizer.json` carries are off, and `add_bos_token` and `add_eos_token` of the `tokenizer_config.json`, where they
+//! stand, decide which tokens a text gets around it, instead of the file's own template.
 
 use crate::{
     error::{Error, Result},
     run::sha256_file,
 };
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
 };
+use tokenizers::processors::template::TemplateProcessing;
 
 /// Id of the byte tokenizer that ends a document.
 pub const END_OF_DOCUMENT: u32 = 256;
@@ -28,7 +34,7 @@ pub enum Tokenizer {
 
 /// A loaded `tokenizer.json`.
 pub struct Vocabulary {
-    inner: tokenizers::Tokenizer,
+    pub(super) inner: tokenizers::Tokenizer,
     path: PathBuf,
     sha256: String,
     end: u32,
@@ -49,13 +55,13 @@ impl Tokenizer {
         let path = if name.is_dir() { name.join("tokenizer.json") } else { name.to_owned() };
         let sha256 = sha256_file(&path)
             .map_err(|e| e.help("--tokenizer takes `bytes`, a tokenizer.json, or a folder that holds one"))?;
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())))?;
-        let named =
-            end_of_document.map(str::to_owned).or_else(|| eos_token(&path.with_file_name("tokenizer_config.json")));
-        let end = match &named {
+        let mut inner = read(&path)?;
+        let config = SpecialTokens::read(&path)?;
+        config.apply(&mut inner, &path)?;
+        let end = match end_of_document.or(config.eos.as_deref()) {
             Some(token) => inner.token_to_id(token).ok_or_else(|| {
                 Error::request(format!("'{}' has no token '{token}' to end documents with", path.display()))
+                    .help("name one that it has with --end-of-document TOKEN")
             })?,
             None => COMMON_ENDS.iter().find_map(|token| inner.token_to_id(token)).ok_or_else(|| {
                 Error::request(format!("'{}' does not say which token ends a document", path.display()))
@@ -110,10 +116,20 @@ impl Tokenizer {
 
     /// The ids of `text`, without special tokens around them.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, false)
+    }
+
+    /// The ids of `text` with the special tokens that the tokenizer puts around a text, such as `<s>` in front. The byte
+    /// tokenizer has none.
+    pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, true)
+    }
+
+    fn ids(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>> {
         match self {
             Tokenizer::Bytes => Ok(text.bytes().map(u32::from).collect()),
             Tokenizer::HuggingFace(v) => {
-                let encoding = v.inner.encode_fast(text, false);
+                let encoding = v.inner.encode_fast(text, special_tokens);
                 Ok(encoding.map_err(|e| Error::request(format!("cannot tokenize: {e}")))?.get_ids().to_vec())
             }
         }
@@ -133,64 +149,92 @@ impl Tokenizer {
     }
 }
 
-/// The text of ids that come one by one, at a cost per id that does not grow with the text.
-pub struct TextStream<'a>(Box<dyn FnMut(u32) -> Result<String> + 'a>);
+/// Reads a `tokenizer.json`, with truncation and padding off.
+fn read(path: &Path) -> Result<tokenizers::Tokenizer> {
+    let help = "copy or download it again, or save it with tokenizer.save_pretrained(FOLDER)";
+    let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    // The library unwinds on some files that are not JSON; and its own error names no place.
+    serde_json::from_slice::<IgnoredAny>(&bytes)
+        .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())).help(help))?;
+    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+        .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())).help(help))?;
+    inner.with_padding(None);
+    let off = inner.with_truncation(None).map(|_| ());
+    off.map_err(|e| Error::request(format!("'{}': {e}", path.display())))?;
+    Ok(inner)
+}
 
-impl TextStream<'_> {
-    /// What `id` adds to the text. A character of several ids comes with the last of them.
-    pub fn push(&mut self, id: u32) -> Result<String> {
-        (self.0)(id)
+/// What the files beside a `tokenizer.json` say about special tokens.
+#[derive(Debug, Default)]
+struct SpecialTokens {
+    bos: Option<String>,
+    eos: Option<String>,
+    /// `add_bos_token` and `add_eos_token`, if one of them is there.
+    around: Option<(bool, bool)>,
+}
+
+impl SpecialTokens {
+    fn read(tokenizer: &Path) -> Result<SpecialTokens> {
+        let config = optional_json(&tokenizer.with_file_name("tokenizer_config.json"))?;
+        // Older versions of transformers wrote it; the other file wins.
+        let map = optional_json(&tokenizer.with_file_name("special_tokens_map.json"))?;
+        let token = |name: &str| {
+            // A string, or an object with `content`.
+            let text = |t: &Value| t.as_str().or_else(|| t["content"].as_str()).map(str::to_owned);
+            text(&config[name]).or_else(|| text(&map[name]))
+        };
+        let (add_bos, add_eos) = (&config["add_bos_token"], &config["add_eos_token"]);
+        let around = (!add_bos.is_null() || !add_eos.is_null()).then_some((*add_bos == true, *add_eos == true));
+        Ok(SpecialTokens { bos: token("bos_token"), eos: token("eos_token"), around })
+    }
+
+    /// Puts the template in place that `add_bos_token` and `add_eos_token` ask for (`update_post_processor` in
+    /// `tokenization_utils_tokenizers.py`: a token without a name is left out).
+    fn apply(&self, inner: &mut tokenizers::Tokenizer, path: &Path) -> Result<()> {
+        let Some((add_bos, add_eos)) = self.around else { return Ok(()) };
+        let token = |add: bool, name: &Option<String>| -> Result<Option<(String, u32)>> {
+            let Some(name) = name.as_ref().filter(|_| add) else { return Ok(None) };
+            match inner.token_to_id(name) {
+                Some(id) => Ok(Some((name.clone(), id))),
+                None => Err(Error::request(format!(
+                    "'{}' has no token '{name}', which its tokenizer_config.json puts around texts",
+                    path.display()
+                ))
+                .help("mend bos_token, eos_token, add_bos_token or add_eos_token in the tokenizer_config.json")),
+            }
+        };
+        let (bos, eos) = (token(add_bos, &self.bos)?, token(add_eos, &self.eos)?);
+        let piece = |id: u32| format!("special-{id}");
+        let before = bos.iter().map(|(_, id)| piece(*id));
+        let single: Vec<String> = before.chain(["$A".to_owned()]).chain(eos.iter().map(|(_, id)| piece(*id))).collect();
+        let special: Vec<(String, u32)> = bos.iter().chain(&eos).map(|(_, id)| (piece(*id), *id)).collect();
+        let wrong = |e: String| Error::request(format!("'{}': {e}", path.display()));
+        let template = TemplateProcessing::builder()
+            .try_single(single)
+            .map_err(wrong)?
+            .special_tokens(special)
+            .build()
+            .map_err(|e| wrong(e.to_string()))?;
+        inner.with_post_processor(Some(template));
+        Ok(())
     }
 }
 
-impl Tokenizer {
-    /// Begins a text. What an incomplete character at its end is decoded to is in [`Tokenizer::decode`] of all ids alone.
-    pub fn stream(&self) -> TextStream<'_> {
-        match self {
-            Tokenizer::Bytes => {
-                let mut pending = Vec::new();
-                TextStream(Box::new(move |id| {
-                    pending.extend(u8::try_from(id).ok());
-                    Ok(complete_text(&mut pending))
-                }))
-            }
-            Tokenizer::HuggingFace(v) => {
-                let mut stream = v.inner.decode_stream(false);
-                TextStream(Box::new(move |id| {
-                    let piece = stream.step(id).map_err(|e| Error::request(format!("cannot decode: {e}")))?;
-                    Ok(piece.unwrap_or_default())
-                }))
-            }
-        }
+/// Null if there is no such file.
+fn optional_json(path: &Path) -> Result<Value> {
+    match fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
+            Error::request(format!("'{}' is not valid JSON: {e}", path.display())).help("copy or download it again")
+        }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
+        Err(e) => Err(Error::io("read", path, e)),
     }
-}
-
-/// Takes what is certain from the front of `bytes`: all but the beginning of a character.
-fn complete_text(bytes: &mut Vec<u8>) -> String {
-    let incomplete = match bytes.utf8_chunks().last() {
-        // Invalid whatever follows, or only cut off?
-        Some(chunk) => match std::str::from_utf8(chunk.invalid()) {
-            Err(e) if e.error_len().is_none() => chunk.invalid().len(),
-            _ => 0,
-        },
-        None => 0,
-    };
-    let rest = bytes.split_off(bytes.len() - incomplete);
-    let text = String::from_utf8_lossy(bytes).into_owned();
-    *bytes = rest;
-    text
-}
-
-/// `eos_token` of a `tokenizer_config.json`: a string, or an object with `content`.
-fn eos_token(path: &Path) -> Option<String> {
-    let config: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
-    let token = &config["eos_token"];
-    token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn fixture() -> std::path::PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tokenizer")
@@ -210,22 +254,6 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_gives_characters_when_they_are_complete() {
-        let mut stream = Tokenizer::Bytes.stream();
-        let pieces: Vec<String> =
-            b"a\xc3\xa9\xff\xe2\x82x\xe2\x82".iter().map(|&b| stream.push(b.into()).unwrap()).collect();
-        assert_eq!(pieces, ["a", "", "\u{e9}", "\u{fffd}", "", "", "\u{fffd}x", "", ""]);
-
-        let tokenizer = Tokenizer::load(&fixture(), None).unwrap();
-        let text = "na\u{ef}ve \u{1f600} text, twice: \u{1f600}\u{1f600}.";
-        let ids = tokenizer.encode(text).unwrap();
-        let mut stream = tokenizer.stream();
-        let pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
-        assert_eq!(pieces.concat(), text);
-        assert!(!pieces.iter().any(|p| p.contains('\u{fffd}')) && pieces.contains(&String::new()), "{pieces:?}");
-    }
-
-    #[test]
     fn the_end_of_a_document_is_named_found_or_refused() {
         let named = |token| Tokenizer::load(&fixture().join("tokenizer.json"), Some(token));
         assert_eq!(named("e").unwrap().end_of_document(), named("e").unwrap().encode("e").unwrap()[0]);
@@ -237,7 +265,92 @@ mod tests {
         fs::write(&path, json.replace("<|endoftext|>", "<|stop|>")).unwrap();
         let error = Tokenizer::load(&path, None).err().unwrap();
         assert!(error.message.contains("does not say which token ends a document"), "{error}");
+        // A copy that was cut short, also where the library itself unwinds.
+        for part in ["{", "\"added_tokens\": [", "\"decoder\": {\"type\"", "\"merges\": ["] {
+            let at = json.find(part).unwrap() + part.len();
+            fs::write(&path, &json[..at]).unwrap();
+            let error = Tokenizer::load(&path, None).err().unwrap();
+            assert!(error.message.contains("is not a tokenizer.json: EOF"), "{error}");
+        }
+        fs::write(&path, json.replacen("\"decoder\"", "\"deco\u{1}der\"", 1)).unwrap();
+        assert!(Tokenizer::load(&path, None).err().unwrap().message.contains("control character"));
         fs::write(&path, "{}").unwrap();
         assert!(Tokenizer::load(&path, None).err().unwrap().message.contains("is not a tokenizer.json"));
+    }
+
+    /// A copy of the fixture with `keys` set, and its configuration.
+    fn changed(keys: &[(&str, Value)], config: Value) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let mut json: Value = serde_json::from_slice(&fs::read(fixture().join("tokenizer.json")).unwrap()).unwrap();
+        for (key, value) in keys {
+            json[key] = value.clone();
+        }
+        fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        folder
+    }
+
+    #[test]
+    fn truncation_and_padding_of_the_file_are_off() {
+        let truncation = json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+        let padding = |strategy: Value| {
+            json!({"strategy": strategy, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "<|endoftext|>"})
+        };
+        let text = "Licensed under the Apache License";
+        let expected = Tokenizer::load(&fixture(), None).unwrap().encode(text).unwrap();
+        assert!(expected.len() > 4);
+        for keys in [
+            vec![("truncation", truncation.clone())],
+            vec![("padding", padding(json!({"Fixed": 64})))],
+            vec![("padding", padding("BatchLongest".into()))],
+            vec![("truncation", truncation), ("padding", padding(json!({"Fixed": 64})))],
+        ] {
+            let folder = changed(&keys, json!({"eos_token": "<|endoftext|>"}));
+            let tokenizer = Tokenizer::load(folder.path(), None).unwrap();
+            assert_eq!(tokenizer.encode(text).unwrap(), expected, "{keys:?}");
+            assert_eq!(tokenizer.encode_with_special_tokens(text).unwrap(), expected, "{keys:?}");
+        }
+    }
+
+    #[test]
+    fn texts_get_the_special_tokens_that_transformers_gives_them() {
+        let template = json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "e", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"e": {"id": "e", "ids": [72], "tokens": ["e"]}}});
+        let plain = Tokenizer::load(&fixture(), None).unwrap().encode("text").unwrap();
+        let around = |before: &[u32], after: &[u32]| [before, &plain, after].concat();
+        let end = "<|endoftext|>";
+        for (template, config, expected) in [
+            (Value::Null, json!({"eos_token": end}), around(&[], &[])),
+            (template.clone(), json!({"eos_token": end}), around(&[72], &[])),
+            // What the configuration says replaces the template.
+            (template.clone(), json!({"eos_token": end, "bos_token": end, "add_bos_token": true}), around(&[0], &[])),
+            (template.clone(), json!({"eos_token": end, "add_bos_token": false}), around(&[], &[])),
+            (template.clone(), json!({"eos_token": {"content": end}, "add_eos_token": true}), around(&[], &[0])),
+            // A token without a name is left out.
+            (template, json!({"eos_token": end, "add_bos_token": true}), around(&[], &[])),
+        ] {
+            let folder = changed(&[("post_processor", template)], config.clone());
+            let tokenizer = Tokenizer::load(folder.path(), None).unwrap();
+            assert_eq!(tokenizer.encode_with_special_tokens("text").unwrap(), expected, "{config}");
+            assert_eq!(tokenizer.encode("text").unwrap(), plain, "{config}");
+        }
+        let folder = changed(&[], json!({"eos_token": end, "bos_token": "<none>", "add_bos_token": true}));
+        let error = Tokenizer::load(folder.path(), None).err().unwrap();
+        assert!(error.message.contains("no token '<none>'"), "{error}");
+    }
+
+    #[test]
+    fn files_beside_it_that_are_damaged_are_refused() {
+        let folder = changed(&[], json!({"eos_token": "<|endoftext|>"}));
+        fs::write(folder.path().join("tokenizer_config.json"), "{\"eos_token\": ").unwrap();
+        let error = Tokenizer::load(folder.path(), None).err().unwrap();
+        assert!(error.message.contains("tokenizer_config.json' is not valid JSON"), "{error}");
+        fs::remove_file(folder.path().join("tokenizer_config.json")).unwrap();
+        fs::write(folder.path().join("special_tokens_map.json"), "{\"eos_token\": \"e\"}").unwrap();
+        let tokenizer = Tokenizer::load(folder.path(), None).unwrap();
+        assert_eq!(vec![tokenizer.end_of_document()], tokenizer.encode("e").unwrap());
     }
 }

@@ -1,14 +1,14 @@
 //! Typed access to the metadata of a GGUF file.
 
-use super::reader::{Gguf, Value};
+use super::{
+    reader::{Gguf, Value},
+    settings::shown,
+};
 use crate::error::{Error, Result};
 
 impl Gguf {
     fn wrong(&self, key: &str, value: &Value, expected: &str) -> Error {
-        let mut shown = format!("{value:?}");
-        if let Some((cut, _)) = shown.char_indices().nth(60) {
-            shown.replace_range(cut.., "...");
-        }
+        let shown = shown(value);
         self.bad(format!("{key} is {shown}, expected {expected}"))
     }
 

@@ -2,7 +2,7 @@
 //!
 //! L layers, H query heads, K key/value heads, D head size.
 
-use super::{reader::Gguf, rope};
+use super::{reader::Gguf, rope, settings};
 use crate::{
     checkpoint::{Dtype, dtype},
     error::{Error, Result},
@@ -21,6 +21,7 @@ enum Family {
 /// Sizes and settings of a model.
 #[derive(Clone, Debug)]
 pub struct Llama {
+    architecture: String,
     family: Family,
     hidden: usize,
     inner: usize,
@@ -63,11 +64,6 @@ impl Llama {
             }
         };
         let key = |name: &str| format!("{architecture}.{name}");
-        if let Some(parts) = file.count("split.count")?.filter(|&n| n > 1) {
-            return Err(file
-                .bad(format!("it is one of {parts} parts of a model"))
-                .help("join them first: llama-gguf-split --merge FIRST-PART OUTPUT"));
-        }
         if let Some(experts) = file.count(&key("expert_count"))?.filter(|&n| n > 0) {
             return Err(file.bad(format!("it is a mixture of {experts} experts, which is not supported")));
         }
@@ -95,6 +91,7 @@ impl Llama {
             _ => return Err(file.bad("it has no matrix 'token_embd.weight'")),
         };
         Ok(Llama {
+            architecture: architecture.to_owned(),
             family,
             hidden,
             inner: file.size(&key("feed_forward_length"))?,
@@ -111,6 +108,16 @@ impl Llama {
             attention_bias: has("blk.0.attn_q.bias"),
             mlp_bias: has("blk.0.ffn_down.bias"),
         })
+    }
+
+    /// What the file calls it, in front of its settings.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// Size of an attention head, D.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
     }
 
     /// Tokens of the embedding.
@@ -192,8 +199,26 @@ impl Llama {
             object.insert("mlp_bias".into(), self.mlp_bias.into());
         }
         object.extend(ids.clone());
-        Ok((config, Value::Object(ids)))
+        let mut generation = ids;
+        generation.extend(sampling(file)?);
+        Ok((config, Value::Object(generation)))
     }
+}
+
+/// What the file recommends for drawing tokens.
+fn sampling(file: &Gguf) -> Result<Map<String, Value>> {
+    let mut settings = Map::new();
+    for (from, to) in settings::SAMPLING {
+        let key = format!("general.sampling.{from}");
+        let value = match file.metadata.get(&key) {
+            None => continue,
+            Some(_) if from == "top_k" => file.count(&key)?.map(Value::from),
+            Some(_) => file.number(&key)?.map(Value::from),
+        };
+        settings.insert("do_sample".into(), true.into());
+        settings.extend(value.map(|value| (to.to_owned(), value)));
+    }
+    Ok(settings)
 }
 
 /// `bos_token_id`, `eos_token_id` (a list where chats end with another token than texts), `pad_token_id`.

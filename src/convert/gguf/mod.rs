@@ -4,9 +4,11 @@
 mod keys;
 mod kind;
 mod llama;
+mod parts;
 mod reader;
 mod rope;
 mod sentencepiece;
+mod settings;
 mod tokenizer;
 
 pub use reader::MAGIC;
@@ -28,13 +30,16 @@ pub(super) struct GgufSource {
     planned: Vec<Planned>,
     // For each planned tensor: its place in the file, and the rows of a head with paired rows.
     stored: Vec<(usize, Option<usize>)>,
+    left_out: Vec<String>,
 }
 
 impl GgufSource {
-    /// Opens and checks a file: every tensor must have its place and its shape, and none may be missing.
-    pub fn open(path: &Path, dtype: Option<Dtype>) -> Result<GgufSource> {
-        let file = Gguf::open(path)?;
+    /// Opens and checks a file, or all parts of its model: every tensor must have its place and its shape, and none may be
+    /// missing; every setting must have its place in `config.json`, or be named in `waived`.
+    pub fn open(path: &Path, dtype: Option<Dtype>, waived: &[String]) -> Result<GgufSource> {
+        let file = Gguf::open_model(path)?;
         let model = Llama::read(&file)?;
+        let left_out = settings::check(&file, model.architecture(), model.head_dim(), waived)?;
         let mut left: HashMap<&str, usize> =
             file.tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
         left.remove(rope::FACTORS);
@@ -59,7 +64,7 @@ impl GgufSource {
                 .bad(format!("{count} of its tensors have no place in the model, first: '{name}'"))
                 .help("nothing is dropped in silence; the file seems to hold another architecture"));
         }
-        Ok(GgufSource { file, model, planned, stored })
+        Ok(GgufSource { file, model, planned, stored, left_out })
     }
 }
 
@@ -88,19 +93,21 @@ impl Source for GgufSource {
         Ok(dtype::encode_f32(spec.dtype, &values)?.into_owned())
     }
 
-    fn companions(&self, folder: &Path, progress: &Progress) -> Result<Vec<String>> {
+    fn sidecar_files(&self, folder: &Path, progress: &Progress) -> Result<Vec<String>> {
         let weights = super::commonest_dtype(&self.planned);
         let (config, generation) = self.model.configs(&self.file, weights)?;
         let mut files = vec![("config.json", config), ("generation_config.json", generation)];
-        let mut left_out = Vec::new();
+        let mut left_out = self.left_out.clone();
+        left_out.iter().for_each(|sentence| progress.warn(sentence));
         match tokenizer::build(&self.file, self.model.vocabulary())? {
             Ok(tokenizer) => {
                 files.push(("tokenizer.json", tokenizer.tokenizer));
                 files.push(("tokenizer_config.json", tokenizer.config));
             }
             Err(reason) => {
-                left_out.push(format!("no tokenizer was written: {reason}"));
-                progress.warn(&left_out[0]);
+                let sentence = format!("no tokenizer was written: {reason}");
+                progress.warn(&sentence);
+                left_out.push(sentence);
             }
         }
         for (name, value) in files {
@@ -125,7 +132,8 @@ impl Gguf {
         // Blocks begin with numbers of up to 8 bytes, which the unpacking reads in place.
         let mut buffer = vec![0u64; (last - first).div_ceil(8)];
         let bytes = &mut bytemuck::cast_slice_mut(&mut buffer)[..last - first];
-        self.file.read_exact_at(bytes, tensor.begin + first as u64).map_err(|e| Error::io("read", &self.path, e))?;
+        let file = &self.files[tensor.file];
+        file.read_exact_at(bytes, tensor.begin + first as u64).map_err(|e| Error::io("read", &self.path, e))?;
         tensor.kind.decode(bytes)
     }
 }

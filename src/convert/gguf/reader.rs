@@ -53,6 +53,8 @@ pub struct TensorInfo {
     pub kind: Kind,
     /// Extents, outermost first (the file stores them innermost first).
     pub shape: Vec<usize>,
+    /// Which of the model's files holds it.
+    pub file: usize,
     /// First byte, counted from the start of the file.
     pub begin: u64,
     /// Bytes of its data.
@@ -66,12 +68,12 @@ impl TensorInfo {
     }
 }
 
-/// A checked header and the open file. Every tensor lies inside the file, and none overlap.
+/// A checked header and the open file, or those of all parts. Every tensor lies inside its file, and none overlap.
 pub struct Gguf {
     /// Where it is.
     pub path: PathBuf,
     /// Open for reading.
-    pub file: File,
+    pub files: Vec<File>,
     /// By key.
     pub metadata: BTreeMap<String, Value>,
     /// In the order of the header.
@@ -85,7 +87,7 @@ impl Gguf {
         let len = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let mut header = Header { reader: BufReader::with_capacity(1 << 16, &file), path, at: 0, len };
         let (metadata, tensors) = header.read()?;
-        Ok(Gguf { path: path.to_owned(), metadata, tensors, file })
+        Ok(Gguf { path: path.to_owned(), metadata, tensors, files: vec![file] })
     }
 
     /// An error about this file.
@@ -167,7 +169,7 @@ impl Header<'_> {
         };
         extents.reverse();
         let shape = extents.into_iter().map(|n| n as usize).collect();
-        Ok(TensorInfo { name, kind, shape, begin, bytes })
+        Ok(TensorInfo { name, kind, shape, file: 0, begin, bytes })
     }
 
     /// Turns offsets inside the data into offsets inside the file, and checks them.

@@ -19,6 +19,13 @@ pub(super) fn rules(vocabulary: &Vocabulary) -> Result<std::result::Result<Rules
         Some(Stored::Floats(scores)) if scores.len() == tokens.len() => scores,
         _ => return Ok(Err("its tokens have no scores".into())),
     };
+    // Both belong to vocabularies of other kinds; a file of this kind that has them is not understood.
+    if file.flag("tokenizer.ggml.remove_extra_whitespaces")?.unwrap_or(false) {
+        return Ok(Err("it joins neighbouring spaces (tokenizer.ggml.remove_extra_whitespaces)".into()));
+    }
+    if file.metadata.contains_key("tokenizer.ggml.precompiled_charsmap") {
+        return Ok(Err("it replaces characters (tokenizer.ggml.precompiled_charsmap)".into()));
+    }
     let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(i, t)| (t.as_str(), i)).collect();
     let mut merges = Vec::new();
     for (i, token) in tokens.iter().enumerate().filter(|(i, _)| vocabulary.kinds[*i] == 1) {

@@ -1,0 +1,39 @@
+//! Opening what is read once from front to back: a file or a pipe.
+
+use crate::error::{Error, Result};
+use std::{
+    fs::File,
+    io::{IsTerminal, Read},
+    os::unix::fs::FileTypeExt,
+    path::Path,
+};
+
+/// Opens a file, a pipe or a terminal. Other devices are refused: most never end.
+pub fn open(path: &Path) -> Result<Box<dyn Read>> {
+    let kind = path.metadata().map_err(|e| Error::io("open", path, e))?.file_type();
+    let refused = || {
+        Error::request(format!("'{}' is neither a file nor a pipe, expected text or records", path.display()))
+            .help("name a file, a folder or a pipe")
+    };
+    if kind.is_block_device() || kind.is_dir() || kind.is_socket() {
+        return Err(refused());
+    }
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    if kind.is_char_device() && !file.is_terminal() {
+        return Err(refused());
+    }
+    Ok(Box::new(file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_and_folders_are_refused() {
+        for path in ["/dev/zero", "/dev/null", "/"] {
+            let error = open(Path::new(path)).err().unwrap();
+            assert!(error.message.contains("is neither a file nor a pipe"), "{error}");
+        }
+    }
+}
