@@ -65,15 +65,7 @@ impl Args {
                 "--max-length is {max_length}, expected 2 to max_position_embeddings {longest}"
             )));
         }
-        if shard.vocab_size() > model.config().vocab_size {
-            return Err(Error::request(format!(
-                "'{}' has a vocabulary of {} ids, the model one of {}",
-                self.data.display(),
-                shard.vocab_size(),
-                model.config().vocab_size
-            ))
-            .help("tokenize with the model's tokenizer"));
-        }
+        shard.check_vocabulary(model.config().vocab_size)?;
         let (windows, _) = Windows::split(&shard, max_length, None, 0.0)?;
         let bar = progress.count("evaluating", windows.count());
         let limit = self.max_predictions.unwrap_or(u64::MAX);

@@ -7,7 +7,7 @@ use crate::{
     report::{self, Format, units},
     tokenize,
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Turn text into a token shard to train on
 ///
@@ -24,9 +24,9 @@ pub struct Args {
     /// Files, or folders to search (in the order of their paths)
     #[arg(required = true, value_name = "INPUT")]
     inputs: Vec<PathBuf>,
-    /// `bytes`, a tokenizer.json, or a model's folder that holds one
-    #[arg(long, value_name = "TOKENIZER", default_value = "bytes")]
-    tokenizer: PathBuf,
+    /// `bytes`, a tokenizer.json, or a model's folder that holds one [default: bytes]
+    #[arg(long, value_name = "TOKENIZER")]
+    tokenizer: Option<PathBuf>,
     /// Token after each document [default: eos_token of the tokenizer_config.json, or a common name]
     #[arg(long, value_name = "TOKEN")]
     end_of_document: Option<String>,
@@ -42,6 +42,9 @@ pub struct Args {
     /// What the files hold [default: what their names and first bytes say]
     #[arg(long = "as", value_name = "CONTENT", value_enum)]
     content: Option<ContentArg>,
+    /// The files hold token ids, not text: plain numbers of this type, or data sets of Megatron (.bin with its .idx)
+    #[arg(long, value_name = "TYPE", value_enum, conflicts_with_all = ["content", "split_on", "add_special_tokens", "skip_unreadable", "max_bytes"])]
+    ids: Option<IdsArg>,
     /// Leave out and count records and files that cannot be read, instead of refusing them
     #[arg(long)]
     skip_unreadable: bool,
@@ -86,6 +89,37 @@ impl ContentArg {
     }
 }
 
+/// [`tokenize::IdType`] on the command line.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum IdsArg {
+    /// 8 bits
+    U8,
+    /// 16 bits, as nanoGPT writes them
+    U16,
+    /// 32 bits
+    U32,
+    /// 32 bits, signed
+    I32,
+    /// 64 bits, signed
+    I64,
+    /// A data set of Megatron-LM; its index says the type
+    Megatron,
+}
+
+impl IdsArg {
+    fn id_type(self) -> tokenize::IdType {
+        use tokenize::{IdType, Number};
+        match self {
+            IdsArg::U8 => IdType::Plain(Number::U8),
+            IdsArg::U16 => IdType::Plain(Number::U16),
+            IdsArg::U32 => IdType::Plain(Number::U32),
+            IdsArg::I32 => IdType::Plain(Number::I32),
+            IdsArg::I64 => IdType::Plain(Number::I64),
+            IdsArg::Megatron => IdType::Megatron,
+        }
+    }
+}
+
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         let options = tokenize::Options {
@@ -102,8 +136,18 @@ impl Args {
             output: self.output,
             force: self.force,
         };
-        let tokenizer = tokenize::Tokenizer::load(&self.tokenizer, self.end_of_document.as_deref())?;
-        report::emit(&tokenize::run(&options, &tokenizer, progress)?, self.format, None)?;
+        let load = |path: &Path| tokenize::Tokenizer::load(path, self.end_of_document.as_deref());
+        let summary = match self.ids {
+            Some(ids) => {
+                let tokenizer = self.tokenizer.as_deref().map(load).transpose()?;
+                tokenize::run_ids(&options, ids.id_type(), tokenizer.as_ref(), progress)?
+            }
+            None => {
+                let tokenizer = load(self.tokenizer.as_deref().unwrap_or(Path::new("bytes")))?;
+                tokenize::run(&options, &tokenizer, progress)?
+            }
+        };
+        report::emit(&summary, self.format, None)?;
         Ok(Outcome::Yes)
     }
 }

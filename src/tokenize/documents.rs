@@ -142,7 +142,7 @@ fn plain(
         Content::Arrow if head.starts_with(arrow::FILE_MAGIC) => arrow::file_rows(path, &layout.field, each),
         Content::Arrow => arrow::stream_rows(path, whole(head, rest), &layout.field, each),
         Content::Json => {
-            let lines = path.to_string_lossy().to_lowercase();
+            let lines = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
             let lines = [".jsonl", ".ndjson"].iter().any(|end| lines.contains(end));
             let copy = head.clone();
             // The reader begins at the head's first byte again.
@@ -203,13 +203,14 @@ fn not_text(path: &Path, kind: &str) -> Error {
 /// The first bytes, and a reader of what follows them.
 fn look_ahead(mut source: Box<dyn Read>, path: &Path) -> Result<(Vec<u8>, Box<dyn Read>)> {
     let mut head = Vec::new();
-    source.by_ref().take(HEAD as u64).read_to_end(&mut head).map_err(|e| Error::io("read", path, e))?;
+    source.by_ref().take(HEAD as u64).read_to_end(&mut head).map_err(|e| stream::read_error(path, e))?;
     Ok((head, source))
 }
 
 fn text(path: &Path, head: &[u8], mut reader: impl BufRead, separator: Option<&str>, each: &mut Sink) -> Result<bool> {
-    let io = |e| Error::io("read", path, e);
+    let io = |e| stream::read_error(path, e);
     if head.starts_with(json::BYTE_ORDER_MARK) {
+        reader.fill_buf().map_err(io)?;
         reader.consume(json::BYTE_ORDER_MARK.len());
     }
     let document = |bytes: Vec<u8>, line: u64| match String::from_utf8(bytes) {

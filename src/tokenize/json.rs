@@ -6,6 +6,7 @@
 use super::{
     documents::{Document, Sink},
     json_value::{Fault, Found, text_field},
+    stream::read_error,
 };
 use crate::error::{Error, Result};
 use std::{
@@ -26,8 +27,9 @@ pub fn records(
     field: &str,
     each: &mut Sink,
 ) -> Result<bool> {
-    let io = |e| Error::io("read", path, e);
+    let io = |e| read_error(path, e);
     let start = head.strip_prefix(BYTE_ORDER_MARK).unwrap_or(head);
+    reader.fill_buf().map_err(io)?;
     reader.consume(head.len() - start.len());
     let file = File { path, field };
     let first = start.trim_ascii_start();
@@ -121,7 +123,7 @@ impl File<'_> {
 
     /// Records inside `[` and `]`.
     fn list(&self, mut values: Values<impl BufRead>, each: &mut Sink) -> Result<bool> {
-        let io = |e| Error::io("read", self.path, e);
+        let io = |e| read_error(self.path, e);
         let mut record = Vec::new();
         values.space().map_err(io)?;
         values.next().map_err(io)?;
@@ -163,7 +165,7 @@ impl File<'_> {
 
     /// Records of several lines each, one after the other.
     fn sequence(&self, mut values: Values<impl BufRead>, each: &mut Sink) -> Result<bool> {
-        let io = |e| Error::io("read", self.path, e);
+        let io = |e| read_error(self.path, e);
         let mut record = Vec::new();
         loop {
             values.space().map_err(io)?;

@@ -3,6 +3,7 @@
 
 mod arrow;
 mod documents;
+mod ids;
 mod input_files;
 mod json;
 mod json_value;
@@ -13,6 +14,7 @@ mod text_stream;
 mod tokenizer;
 
 pub use documents::{Content, Layout};
+pub use ids::{IdType, Number};
 pub use input_files::LeftOut;
 pub use text_stream::TextStream;
 pub use tokenizer::{BYTE_VOCABULARY, END_OF_DOCUMENT, Tokenizer};
@@ -25,11 +27,12 @@ use crate::{
     staged::{StagedFile, Target},
 };
 use documents::Document;
+use ids::IdFile;
 use indicatif::ProgressBar;
 use input_files::InputFile;
 use rayon::prelude::*;
 use serde::Serialize;
-use shard::ShardWriter;
+use shard::{Origin, ShardWriter};
 use std::path::PathBuf;
 
 /// Bytes of text that are tokenized together.
@@ -96,7 +99,7 @@ pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Res
     let bar = progress.bytes("tokenizing", total.min(options.max_bytes.unwrap_or(u64::MAX)));
     let mut job = Job {
         tokenizer,
-        shard: ShardWriter::create(&staged, tokenizer)?,
+        shard: ShardWriter::create(&staged, Origin::of(tokenizer))?,
         batch: Vec::new(),
         batched: 0,
         left: options.max_bytes.unwrap_or(u64::MAX),
@@ -151,6 +154,69 @@ pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Res
         skipped,
         empty,
         unreadable,
+        left_out,
+    })
+}
+
+/// Writes one shard from files of ids that another program made. Without a tokenizer, the largest id tells the vocabulary.
+pub fn run_ids(options: &Options, kind: IdType, tokenizer: Option<&Tokenizer>, progress: &Progress) -> Result<Summary> {
+    let mut left_out = LeftOut::default();
+    let mut paths = Vec::new();
+    for input in &options.inputs {
+        let found = input_files::files(input, options.include.as_ref(), Some(Content::Text), &mut left_out)?;
+        paths.extend(found.into_iter().map(|file| file.path));
+    }
+    if kind == IdType::Megatron {
+        // An index is found beside its data.
+        paths.retain(|path| path.extension().is_none_or(|e| e != "idx"));
+    }
+    let mut sources = Inputs::of(&options.inputs);
+    sources.extend(tokenizer.and_then(Tokenizer::path));
+    sources.extend(&paths);
+    let staged = StagedFile::create(Target::file(&options.output, options.force, &sources)?)?;
+    let files = paths.iter().map(|path| IdFile::open(path, kind)).collect::<Result<Vec<_>>>()?;
+    let mut largest = None;
+    for file in &files {
+        largest = largest.max(file.largest()?);
+    }
+    let Some(largest) = largest else {
+        return Err(Error::request("the files hold no ids").help("name files that hold some"));
+    };
+    let origin = match tokenizer {
+        Some(tokenizer) if largest as usize >= tokenizer.vocab_size() => {
+            return Err(Error::request(format!(
+                "the largest id is {largest}, the tokenizer has {} ids",
+                tokenizer.vocab_size()
+            ))
+            .help("name the tokenizer that made the ids, or none, and check --ids"));
+        }
+        Some(tokenizer) => Origin::of(tokenizer),
+        None => Origin { tokenizer: "ids", file: None, vocab_size: largest as usize + 1, end_of_document: None },
+    };
+    let (vocab_size, tokenizer) = (origin.vocab_size, origin.tokenizer);
+    let mut shard = ShardWriter::create(&staged, origin)?;
+    let total = paths.iter().map(|p| p.metadata().map_or(0, |m| m.len())).sum();
+    let bar = progress.bytes("copying ids", total);
+    for (file, path) in files.iter().zip(&paths) {
+        file.read(&mut |ids| {
+            interrupt::check()?;
+            shard.append(ids)
+        })?;
+        bar.inc(path.metadata().map_or(0, |m| m.len()));
+    }
+    bar.finish_and_clear();
+    let tokens = shard.finish()?;
+    staged.commit()?;
+    Ok(Summary {
+        output: options.output.clone(),
+        documents: files.iter().map(|file| file.documents).sum(),
+        text_bytes: 0,
+        tokens,
+        vocab_size,
+        tokenizer,
+        skipped: 0,
+        empty: 0,
+        unreadable: 0,
         left_out,
     })
 }

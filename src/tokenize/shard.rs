@@ -13,12 +13,36 @@ use std::{io::Write, os::unix::fs::FileExt};
 /// allows.
 const HEADER: usize = 512;
 
+/// What the metadata of a shard say about its ids.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// Name of the tokenizer.
+    pub tokenizer: &'static str,
+    /// sha256 of the tokenizer.json, and its path if that is text.
+    pub file: Option<(String, Option<String>)>,
+    /// Ids are below this.
+    pub vocab_size: usize,
+    /// The id after each document, if it is known.
+    pub end_of_document: Option<u32>,
+}
+
+impl Origin {
+    /// Ids that `tokenizer` made.
+    pub fn of(tokenizer: &Tokenizer) -> Origin {
+        let path = tokenizer.path().and_then(|path| path.to_str()).map(str::to_owned);
+        Origin {
+            tokenizer: tokenizer.name(),
+            file: tokenizer.sha256().map(|sha256| (sha256.to_owned(), path)),
+            vocab_size: tokenizer.vocab_size(),
+            end_of_document: Some(tokenizer.end_of_document()),
+        }
+    }
+}
+
 /// Appends ids to a safetensors file with the one tensor `tokens`.
 pub struct ShardWriter<'a> {
     staged: &'a StagedFile,
-    tokenizer: &'a Tokenizer,
-    /// Path of the tokenizer.json, if it is text.
-    path: Option<&'a str>,
+    origin: Origin,
     header: usize,
     wide: bool,
     buffer: Vec<u8>,
@@ -27,11 +51,11 @@ pub struct ShardWriter<'a> {
 
 impl<'a> ShardWriter<'a> {
     /// U16 where the vocabulary fits, else U32.
-    pub fn create(staged: &'a StagedFile, tokenizer: &'a Tokenizer) -> Result<Self> {
-        let wide = tokenizer.vocab_size() > 1 << 16;
-        let path = tokenizer.path().and_then(|path| path.to_str());
+    pub fn create(staged: &'a StagedFile, origin: Origin) -> Result<Self> {
+        let wide = origin.vocab_size > 1 << 16;
+        let path = origin.file.as_ref().and_then(|(_, path)| path.as_deref());
         let header = HEADER + json!(path).to_string().len().next_multiple_of(8);
-        Ok(ShardWriter { staged, tokenizer, path, header, wide, buffer: vec![b' '; 8 + header], tokens: 0 })
+        Ok(ShardWriter { staged, origin, header, wide, buffer: vec![b' '; 8 + header], tokens: 0 })
     }
 
     /// Writes ids after those before.
@@ -52,15 +76,17 @@ impl<'a> ShardWriter<'a> {
     pub fn finish(mut self) -> Result<u64> {
         self.flush()?;
         let mut metadata = json!({
-            (tokens::TOKENIZER): self.tokenizer.name(),
-            (tokens::VOCAB_SIZE): self.tokenizer.vocab_size().to_string(),
-            "end_of_document": self.tokenizer.end_of_document().to_string(),
+            (tokens::TOKENIZER): self.origin.tokenizer,
+            (tokens::VOCAB_SIZE): self.origin.vocab_size.to_string(),
         });
-        if let Some(sha256) = self.tokenizer.sha256() {
-            metadata[tokens::TOKENIZER_SHA256] = sha256.into();
+        if let Some(end) = self.origin.end_of_document {
+            metadata["end_of_document"] = end.to_string().into();
         }
-        if let Some(path) = self.path {
-            metadata[tokens::TOKENIZER_PATH] = path.into();
+        if let Some((sha256, path)) = &self.origin.file {
+            metadata[tokens::TOKENIZER_SHA256] = sha256.as_str().into();
+            if let Some(path) = path {
+                metadata[tokens::TOKENIZER_PATH] = path.as_str().into();
+            }
         }
         let (dtype, width) = if self.wide { ("U32", 4) } else { ("U16", 2) };
         let tensor = json!({"dtype": dtype, "shape": [self.tokens], "data_offsets": [0, width * self.tokens]});

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use std::{
     fs::File,
-    io::{IsTerminal, Read},
+    io::{self, IsTerminal, Read},
     os::unix::fs::FileTypeExt,
     path::Path,
 };
@@ -23,6 +23,18 @@ pub fn open(path: &Path) -> Result<Box<dyn Read>> {
         return Err(refused());
     }
     Ok(Box::new(file))
+}
+
+/// The error of a read of `path`. What a decompressor refuses is the file's fault, not the machine's.
+pub fn read_error(path: &Path, e: io::Error) -> Error {
+    use io::ErrorKind::{InvalidData, InvalidInput, Other, UnexpectedEof};
+    match e.kind() {
+        InvalidData | InvalidInput | Other | UnexpectedEof => {
+            Error::request(format!("'{}' is damaged or cut short: {e}", path.display()))
+                .help("write or download it again")
+        }
+        _ => Error::io("read", path, e),
+    }
 }
 
 #[cfg(test)]

@@ -118,15 +118,7 @@ pub(super) fn open_validation<D: Device>(trainer: &Trainer<D>) -> Result<Option<
     let (shard, windows) = match &data.validation {
         Some(path) => {
             let shard = TokenShard::open(path)?;
-            let model = trainer.model.config().vocab_size;
-            if shard.vocab_size() > model {
-                return Err(Error::request(format!(
-                    "'{}' has a vocabulary of {} ids, the model one of {model}",
-                    path.display(),
-                    shard.vocab_size()
-                ))
-                .help("tokenize with the model's tokenizer"));
-            }
+            shard.check_vocabulary(trainer.model.config().vocab_size)?;
             let hashes = (shard.tokenizer_sha256(), trainer.shard().tokenizer_sha256());
             if let (Some(a), Some(b)) = hashes
                 && a != b

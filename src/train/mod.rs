@@ -3,6 +3,7 @@
 //! `config` -> `phase`s with their `schedule` -> `trainer` (the algorithm) inside a `session` (the run directory).
 
 mod alike;
+mod bin_layout;
 mod buckets;
 mod companions;
 pub mod config;

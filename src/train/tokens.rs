@@ -4,17 +4,20 @@
 //! which tokenizer made it and how many different ids there can be. It is memory-mapped like every other checkpoint.
 //! The `.bin` files of nanoGPT (plain u16) and llm.c (a header of 256 i32, then u16 or u32) serve, too.
 
+use super::bin_layout::{BinLayout, bin_layout};
 use crate::{
     checkpoint::{Dtype, MappedFile, TensorFile},
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     run::sha256_file,
 };
-use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::{
     ops::Range,
     path::{Path, PathBuf},
 };
+
+/// Ids that are looked through at a time.
+const SCAN: usize = 1 << 20;
 
 /// Name of the tensor in a token shard.
 pub const TENSOR: &str = "tokens";
@@ -79,11 +82,17 @@ impl TokenShard {
         if path.extension().is_some_and(|e| e == "bin") {
             return Self::open_bin(path);
         }
-        let file = TensorFile::open(path)?;
         let refuse = |what: String| {
             Error::request(format!("'{}' is not a token shard: {what}", path.display()))
                 .help("make one with `relora-kit tokenize INPUT... -o SHARD.safetensors`")
         };
+        let file = TensorFile::open(path).map_err(|e| match e.kind {
+            // Text, most often: what its first bytes claim as a header is beside the point.
+            Kind::Request if path.is_file() && path.extension().is_none_or(|e| e != "safetensors") => {
+                refuse("it is no safetensors file".into())
+            }
+            _ => e,
+        })?;
         let tensor = file.tensor_named(TENSOR).map_err(|e| refuse(e.message))?;
         if !matches!(tensor.dtype(), Dtype::U16 | Dtype::U32) || tensor.shape().len() != 1 {
             return Err(refuse(format!(
@@ -102,36 +111,34 @@ impl TokenShard {
 
     /// Such a file does not say how many ids there are: the largest tells.
     fn open_bin(path: &Path) -> Result<TokenShard> {
-        /// First number of llm.c's header -> whether ids take four bytes.
-        const MAGIC: [(i32, bool); 2] = [(20240520, false), (20240801, true)];
-        const HEADER: usize = 256 * 4;
-        let refuse = |what: String| {
-            Error::request(format!("'{}' is not a file of token ids: {what}", path.display()))
-                .help("expected nanoGPT's plain u16, or llm.c's header of 256 numbers and then u16 or u32")
-        };
         let file = MappedFile::open(path)?;
-        let bytes = file.bytes();
-        let number = |i: usize| bytes.as_chunks::<4>().0.get(i).map_or(0, |b| i32::from_le_bytes(*b));
-        let headed = MAGIC.iter().find(|(magic, _)| *magic == number(0) && bytes.len() >= HEADER);
-        let (start, wide) = headed.map_or((0, false), |(_, wide)| (HEADER, *wide));
-        let width = if wide { 4 } else { 2 };
-        let len = (bytes.len() - start) / width;
-        if (bytes.len() - start) % width != 0 {
-            return Err(refuse(format!("{} bytes are no whole number of ids", bytes.len() - start)));
-        }
-        if headed.is_some() && number(2) as usize != len {
-            return Err(refuse(format!("its header says {} tokens, the file holds {len}", number(2))));
-        }
-        let ids = &bytes[start..];
-        let largest = if wide {
-            ids.as_chunks::<4>().0.par_iter().map(|b| u32::from_le_bytes(*b)).max()
-        } else {
-            ids.as_chunks::<2>().0.par_iter().map(|b| u32::from(u16::from_le_bytes(*b))).max()
-        };
-        let vocab_size = largest.ok_or_else(|| refuse("it is empty".into()))? as usize + 1;
-        let range = start..bytes.len();
-        let source = Source::Bin(file, range);
+        let BinLayout { ids, wide, largest } = bin_layout(path, file.bytes())?;
+        let (len, vocab_size) = (ids.len() / if wide { 4 } else { 2 }, largest as usize + 1);
+        let source = Source::Bin(file, ids);
         Ok(TokenShard { source, wide, len, vocab_size, tokenizer_sha256: None, tokenizer_path: None })
+    }
+
+    /// Refuses ids that a model with `vocab_size` ids does not have. A tokenizer may have more, such as an added token for
+    /// padding: what counts is what occurs.
+    pub fn check_vocabulary(&self, vocab_size: usize) -> Result<()> {
+        if self.vocab_size <= vocab_size {
+            return Ok(());
+        }
+        let mut ids = Vec::new();
+        for first in (0..self.len).step_by(SCAN) {
+            ids.clear();
+            self.read(first, SCAN.min(self.len - first), &mut ids)?;
+            if let Some(i) = ids.iter().position(|&id| id as usize >= vocab_size) {
+                return Err(Error::request(format!(
+                    "'{}': token {} has id {}, the model's vocabulary has {vocab_size} ids (vocab_size of its config.json)",
+                    self.path().display(),
+                    first + i,
+                    ids[i]
+                ))
+                .help("tokenize with the model's own tokenizer, or train a model of a larger vocab_size"));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a model that comes with another `tokenizer.json` than the text was tokenized with. What is not known on

@@ -94,15 +94,7 @@ impl<D: Device> Trainer<D> {
         shard: TokenShard,
         collective: Arc<dyn Collective<D>>,
     ) -> Result<Self> {
-        if shard.vocab_size() > model.config().vocab_size {
-            return Err(Error::request(format!(
-                "'{}' has a vocabulary of {} ids, the model one of {}",
-                shard.path().display(),
-                shard.vocab_size(),
-                model.config().vocab_size
-            ))
-            .help("set [model] overrides.vocab_size, or tokenize with the model's tokenizer"));
-        }
+        shard.check_vocabulary(model.config().vocab_size)?;
         if let Some(folder) = config.model.checkpoint.as_ref().or(config.model.warmed_up_model.as_ref()) {
             shard.check_tokenizer(folder)?;
         }

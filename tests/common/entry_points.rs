@@ -6,6 +6,8 @@ use relora_kit::{
     checkpoint::{Checkpoint, INDEX_NAME, Tensor, header::Header},
     convert,
     progress::Progress,
+    tokenize::{self, Tokenizer},
+    train::tokens::TokenShard,
 };
 use std::{
     fs,
@@ -15,13 +17,16 @@ use std::{
 type EntryPoint = (&'static str, fn(&[u8]));
 
 /// Every entry point by its name, which is that of the fuzz target.
-pub const ALL: [EntryPoint; 6] = [
+pub const ALL: [EntryPoint; 9] = [
     ("header", header),
     ("index", index),
     ("adapter_config", adapter_config),
     ("adapter_bin", adapter_bin),
     ("pytorch", pytorch),
     ("gguf", gguf),
+    ("records", records),
+    ("tokenizer", tokenizer),
+    ("token_shard", token_shard),
 ];
 
 fn fixture(name: &str) -> PathBuf {
@@ -40,6 +45,8 @@ pub fn valid(entry_point: &str) -> Vec<u8> {
         "adapter_bin" => "tiny_adapter_bin/adapter_model.bin",
         "pytorch" => "pickles/odd_legacy.bin",
         "gguf" => "gguf/types.gguf",
+        "records" | "tokenizer" => "tokenizer/tokenizer.json",
+        "token_shard" => return shard(),
         other => panic!("no fixture for '{other}'"),
     };
     fs::read(fixture(path)).unwrap()
@@ -102,11 +109,86 @@ pub fn gguf(bytes: &[u8]) {
     convert(bytes, "model.gguf");
 }
 
+/// Records of JSON, in any arrangement.
+pub fn records(bytes: &[u8]) {
+    tokenize(bytes, &["a.json", "a.jsonl"]);
+}
+
+/// A table, or a compressed file: what its first bytes say.
+pub fn tables(bytes: &[u8]) {
+    tokenize(bytes, &["a.parquet", "a.arrow", "a"]);
+}
+
+fn tokenize(bytes: &[u8], names: &[&str]) {
+    let dir = folder();
+    for (name, skip_unreadable) in names.iter().flat_map(|name| [(name, false), (name, true)]) {
+        let input = dir.path().join(name);
+        fs::write(&input, bytes).unwrap();
+        let options = tokenize::Options {
+            inputs: vec![input],
+            include: None,
+            layout: tokenize::Layout { field: "text".into(), ..Default::default() },
+            max_bytes: None,
+            skip_unreadable,
+            special_tokens: false,
+            output: dir.path().join("shard.safetensors"),
+            force: true,
+        };
+        match tokenize::run(&options, &Tokenizer::Bytes, &Progress::hidden()) {
+            Ok(summary) => assert_eq!(TokenShard::open(&options.output).unwrap().len() as u64, summary.tokens),
+            Err(error) => assert!(error.message.contains("a"), "{error}"),
+        }
+    }
+}
+
+/// A `tokenizer.json`.
+pub fn tokenizer(bytes: &[u8]) {
+    let dir = folder();
+    let path = dir.path().join("tokenizer.json");
+    fs::write(&path, bytes).unwrap();
+    let Ok(tokenizer) = Tokenizer::load(&path, Some("e")) else { return };
+    let Ok(ids) = tokenizer.encode_with_special_tokens("the text") else { return };
+    let _ = tokenizer.decode_after(&ids, &ids);
+}
+
+/// Token ids: a shard, plain numbers, an index of Megatron.
+pub fn token_shard(bytes: &[u8]) {
+    let dir = folder();
+    for name in ["a.safetensors", "a.bin"] {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let Ok(shard) = TokenShard::open(&path) else { continue };
+        let mut ids = Vec::new();
+        if shard.read(0, shard.len(), &mut ids).is_ok() {
+            assert!(ids.len() == shard.len() && ids.iter().all(|&id| (id as usize) < shard.vocab_size()));
+        }
+    }
+    fs::write(dir.path().join("a.idx"), bytes).unwrap();
+    let options = tokenize::Options {
+        inputs: vec![dir.path().join("a.bin")],
+        include: None,
+        layout: tokenize::Layout::default(),
+        max_bytes: None,
+        skip_unreadable: false,
+        special_tokens: false,
+        output: dir.path().join("out.safetensors"),
+        force: true,
+    };
+    let _ = tokenize::run_ids(&options, tokenize::IdType::Megatron, None, &Progress::hidden());
+}
+
+/// A shard of four ids.
+fn shard() -> Vec<u8> {
+    let header = r#"{"__metadata__":{"tokenizer":"x","vocab_size":"9"},"tokens":{"dtype":"U16","shape":[4],"data_offsets":[0,8]}}"#;
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[1, 0, 2, 0, 8, 0, 0, 0]].concat()
+}
+
 fn convert(bytes: &[u8], name: &str) {
     let dir = folder();
     let (input, output) = (dir.path().join(name), dir.path().join("out"));
     fs::write(&input, bytes).unwrap();
-    let options = convert::Options { input, output, dtype: None, max_shard_size: 1 << 20, force: false };
+    let options =
+        convert::Options { input, output, dtype: None, max_shard_size: 1 << 20, force: false, leave_out: vec![] };
     match convert::run(&options, &Progress::hidden()) {
         Ok(_) => Checkpoint::open(&options.output).unwrap().tensors().for_each(check),
         Err(_) => assert!(!options.output.exists()),

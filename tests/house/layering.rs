@@ -32,7 +32,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("collective", &["ops"]),
     ("model", &["ops", "adapter", "checkpoint"]),
     ("generate", &["model", "ops", "tokenize"]),
-    ("tokenize", &["run", "train"]),
+    ("tokenize", &["checkpoint", "run", "train"]),
     ("train", &["collective", "model", "ops", "adapter", "checkpoint", "run"]),
     (
         "report",

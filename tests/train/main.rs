@@ -7,6 +7,7 @@ mod common;
 mod cli;
 mod cuda;
 mod forgeries;
+mod documents;
 mod generate;
 mod golden;
 mod options;

@@ -97,6 +97,28 @@ fn damaged_lines_and_streams_are_named() {
 }
 
 #[test]
+fn a_byte_order_mark_is_no_text_and_damage_is_the_files_fault() {
+    let root = tempfile::tempdir().unwrap();
+    let layout = Layout { field: "text".into(), ..Layout::default() };
+    let path = root.path().join("a.json");
+    fs::write(&path, "\u{feff}[{\"text\": \"marked\"}]").unwrap();
+    assert_eq!(all(&path, &layout).unwrap(), [Some("marked".to_owned())]);
+    let path = root.path().join("a.txt");
+    fs::write(&path, "\u{feff}marked").unwrap();
+    assert_eq!(all(&path, &layout).unwrap(), [Some("marked".to_owned())]);
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(&[b'x'; 100]).unwrap();
+    let gzip = encoder.finish().unwrap();
+    let zstd = zstd::encode_all(&[b'x'; 100][..], 1).unwrap();
+    for (name, bytes) in [("a.txt.gz", gzip), ("a.txt.zst", zstd)] {
+        let path = root.path().join(name);
+        fs::write(&path, &bytes[..bytes.len() - 5]).unwrap();
+        let error = all(&path, &layout).unwrap_err();
+        assert!(error.message.contains("is damaged or cut short") && error.exit_code() == 2, "{error}");
+    }
+}
+
+#[test]
 fn a_file_of_another_format_is_named() {
     let root = tempfile::tempdir().unwrap();
     let layout = Layout { field: "text".into(), ..Layout::default() };
