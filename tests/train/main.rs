@@ -6,8 +6,8 @@ mod common;
 
 mod cli;
 mod cuda;
-mod forgeries;
 mod documents;
+mod forgeries;
 mod generate;
 mod golden;
 mod options;
