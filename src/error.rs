@@ -8,11 +8,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Who can mend it. Decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Kind {
     /// The request is wrong: bad flag, bad config, malformed or mismatched input. Exit code 2.
     Request,
-    /// The environment failed: I/O, out of memory, no such device, interrupted. Exit code 3.
+    /// The environment failed: I/O, out of memory, no such device. Exit code 3.
     Environment,
+    /// The call was cancelled, by a signal or by a [`Cancellation`](crate::Cancellation). Exit code 3.
+    Interrupted,
 }
 
 /// What failed, in one sentence that names the file, the tensor, what was expected and what was found;
@@ -75,7 +78,7 @@ impl Error {
 
     /// The user stopped the program (exit code 3).
     pub fn interrupted() -> Self {
-        Error::environment("interrupted")
+        Error { kind: Kind::Interrupted, ..Error::environment("interrupted") }
     }
 
     /// Adds the hint that is printed after `help:`.
@@ -88,7 +91,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Request => 2,
-            Kind::Environment => 3,
+            Kind::Environment | Kind::Interrupted => 3,
         }
     }
 }

@@ -7,17 +7,18 @@
 //!
 //! However the process ends here, temporary siblings of its outputs are removed first, and exit code 3 is given.
 
-use crate::{
-    error::{Error, Result},
-    inputs, staged,
-};
+use crate::{error::Result, inputs, progress::Cancellation, staged};
 use std::{
     os::fd::{AsRawFd, IntoRawFd},
-    sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering},
+    sync::{
+        LazyLock,
+        atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
-static REQUESTED: AtomicBool = AtomicBool::new(false);
+/// Cancelled by the first signal.
+static SIGNALLED: LazyLock<Cancellation> = LazyLock::new(Cancellation::new);
 /// Commands, or parts of them, that stop at a safe point of their own.
 static DEFERRED: AtomicUsize = AtomicUsize::new(0);
 /// Of these, how many may take as long as they like.
@@ -26,14 +27,13 @@ static UNLIMITED: AtomicUsize = AtomicUsize::new(0);
 /// Time for work together with other processes to come to its safe point.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Installs the handlers. Call once, at start.
-pub fn install() {
+/// Installs the handlers. Call once, at start. What it returns is cancelled by the first signal.
+pub fn install() -> Cancellation {
     // SAFETY: ignoring a signal runs no code of ours in a handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // A second handler cannot be installed; then the default one (the process ends) stays, which is safe.
     let _ = ctrlc::set_handler(|| {
-        let again = REQUESTED.swap(true, Ordering::SeqCst);
-        if again || DEFERRED.load(Ordering::SeqCst) == 0 {
+        if SIGNALLED.cancel() || DEFERRED.load(Ordering::SeqCst) == 0 {
             end("error: interrupted\n");
         }
         if UNLIMITED.load(Ordering::SeqCst) == 0 {
@@ -44,6 +44,7 @@ pub fn install() {
         }
     });
     bus_error::install();
+    SIGNALLED.clone()
 }
 
 /// Removes temporary siblings and ends the process. Other threads may be anywhere: nothing of theirs is waited for.
@@ -82,12 +83,12 @@ impl Drop for Deferred {
 
 /// Whether the user asked to stop.
 pub fn requested() -> bool {
-    REQUESTED.load(Ordering::Relaxed)
+    SIGNALLED.is_cancelled()
 }
 
 /// An error if the user asked to stop. Call between pieces of work; staged outputs clean up as they are dropped.
 pub fn check() -> Result<()> {
-    if requested() { Err(Error::interrupted()) } else { Ok(()) }
+    SIGNALLED.check()
 }
 
 /// SIGBUS: the handler only hands the address to a thread and waits; the thread finds the file, reports it and ends the

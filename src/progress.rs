@@ -1,27 +1,94 @@
 //! Progress on stderr: what is being done, how far it is, how long it will take. Hidden when nobody looks.
 
-use crate::escape;
+use crate::{
+    error::{Error, Result},
+    escape,
+};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-/// Where progress and warnings go. Cheap to clone; all clones draw on the same terminal lines.
+/// A request to stop, shared by its clones: [`Cancellation::cancel`] may be called from any thread.
+///
+/// A call that was given it by [`Progress::with_cancellation`] stops at its next safe point and returns an error of the kind
+/// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted); outputs that are not finished are removed. A training saves a
+/// checkpoint first.
+#[derive(Clone, Debug, Default)]
+pub struct Cancellation(Arc<AtomicBool>);
+
+impl Cancellation {
+    /// Nothing is cancelled yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks the calls that observe this to stop. Returns whether it was cancelled before.
+    pub fn cancel(&self) -> bool {
+        self.0.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether [`Cancellation::cancel`] was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// An error if [`Cancellation::cancel`] was called. Long work calls this between its pieces.
+    pub fn check(&self) -> Result<()> {
+        if self.is_cancelled() { Err(Error::interrupted()) } else { Ok(()) }
+    }
+}
+
+/// Where a call reports its progress and its warnings, and where it learns that it should stop.
+///
+/// Cheap to clone; all clones draw on the same terminal lines and observe the same [`Cancellation`].
 #[derive(Clone)]
 pub struct Progress {
     bars: MultiProgress,
     verbosity: i8,
     visible: bool,
+    cancellation: Cancellation,
 }
 
 impl Progress {
     /// Bars on stderr if it is a terminal and `visible`; log lines by `verbosity` (-1 quiet, 0 warnings, 1 and more details).
     pub fn stderr(visible: bool, verbosity: i8) -> Self {
         let target = if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Progress { bars: MultiProgress::with_draw_target(target), verbosity, visible: visible && console_is_terminal() }
+        Progress {
+            bars: MultiProgress::with_draw_target(target),
+            verbosity,
+            visible: visible && console_is_terminal(),
+            cancellation: Cancellation::new(),
+        }
     }
 
-    /// Shows nothing: for tests and library users.
+    /// Shows nothing: for tests and for programs that have a display of their own.
     pub fn hidden() -> Self {
-        Progress { bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()), verbosity: -1, visible: false }
+        Progress {
+            bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()),
+            verbosity: -1,
+            visible: false,
+            cancellation: Cancellation::new(),
+        }
+    }
+
+    /// The same, for calls that stop when `cancellation` is cancelled.
+    pub fn with_cancellation(self, cancellation: &Cancellation) -> Self {
+        Progress { cancellation: cancellation.clone(), ..self }
+    }
+
+    /// What the calls with this observe.
+    pub fn cancellation(&self) -> &Cancellation {
+        &self.cancellation
+    }
+
+    /// An error if the call should stop: [`Cancellation::check`].
+    pub fn check(&self) -> Result<()> {
+        self.cancellation.check()
     }
 
     /// Whether bars are drawn.

@@ -164,7 +164,7 @@ impl RunDir {
         let path = self.manifest_path();
         let bytes = inputs::read(&path, MAX_MANIFEST).map_err(|e| match e.kind {
             Kind::Request => e.help("name a folder written by `relora-kit train`"),
-            Kind::Environment => e,
+            Kind::Environment | Kind::Interrupted => e,
         })?;
         let manifest: Manifest = serde_json::from_slice(&bytes)
             .map_err(|e| Error::request(format!("'{}' is not a run manifest: {e}", path.display())))?;

@@ -1,26 +1,34 @@
 //! Arguments -> options -> library -> report. No work is done here.
 
 mod completions;
+#[cfg(feature = "convert")]
 mod convert;
 mod diff;
+#[cfg(feature = "train")]
 mod eval;
 mod extract;
+#[cfg(feature = "train")]
 mod generate;
 mod inspect;
 mod merge;
 mod ranks;
 mod spectrum;
+#[cfg(feature = "train")]
 mod tokenize;
+#[cfg(feature = "train")]
 mod train;
 mod verify;
 
+#[cfg(not(feature = "cuda"))]
+use crate::ops::Cpu as Cuda;
+#[cfg(feature = "cuda")]
+use crate::ops::{Cuda, CudaOptions};
 use crate::{
     error::Error,
     escape,
     inputs::Inputs,
     interrupt,
-    ops::{Cuda, CudaOptions},
-    progress::Progress,
+    progress::{Cancellation, Progress},
     report::Format,
     staged::Target,
 };
@@ -105,11 +113,16 @@ enum Command {
     Verify(verify::Args),
     Inspect(inspect::Args),
     Diff(diff::Args),
+    #[cfg(feature = "train")]
     Train(train::Args),
+    #[cfg(feature = "train")]
     Tokenize(tokenize::Args),
+    #[cfg(feature = "train")]
     Eval(eval::Args),
     Extract(extract::Args),
+    #[cfg(feature = "convert")]
     Convert(convert::Args),
+    #[cfg(feature = "train")]
     Generate(generate::Args),
     Completions(completions::Args),
 }
@@ -137,10 +150,17 @@ fn parse_device(text: &str) -> std::result::Result<DeviceChoice, String> {
 }
 
 /// Opens the NVIDIA GPU with this number, with what the environment says about CUDA's libraries.
+#[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize, progress: &Progress) -> Result<Cuda, Error> {
     let device = Cuda::open(&CudaOptions::from_env(ordinal))?;
     progress.detail(&format!("device cuda:{ordinal} is {}", device.model()));
     Ok(device)
+}
+
+/// Refuses to open a GPU.
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(ordinal: usize, _: &Progress) -> Result<Cuda, Error> {
+    Err(crate::ops::unavailable(ordinal))
 }
 
 /// What a command that ran to its end has to say.
@@ -162,8 +182,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(e.exit_code() as u8);
         }
     };
-    interrupt::install();
-    match run(cli) {
+    match run(cli, &interrupt::install()) {
         Ok(Outcome::Yes) => ExitCode::SUCCESS,
         Ok(Outcome::No) => ExitCode::from(1),
         Err(e) => {
@@ -194,9 +213,14 @@ fn color_choice(args: impl Iterator<Item = String>) -> ColorChoice {
     }
 }
 
-fn run(cli: Cli) -> Result<Outcome, Error> {
+fn run(cli: Cli, cancellation: &Cancellation) -> Result<Outcome, Error> {
     let global = &cli.global;
-    let together = matches!(cli.command, Command::Train(_) | Command::Merge(_) | Command::Spectrum(_));
+    let together = match cli.command {
+        #[cfg(feature = "train")]
+        Command::Train(_) => true,
+        Command::Merge(_) | Command::Spectrum(_) => true,
+        _ => false,
+    };
     let threads = match global.threads {
         None if together => ranks::threads()?,
         given => given.map(usize::from),
@@ -204,17 +228,23 @@ fn run(cli: Cli) -> Result<Outcome, Error> {
     crate::threads::set(threads)?;
     let verbosity = if global.quiet { -1 } else { global.verbose as i8 };
     let progress = Progress::stderr(global.progress == ProgressWhen::Auto && !global.quiet, verbosity);
+    let progress = progress.with_cancellation(cancellation);
     match cli.command {
         Command::Merge(args) => args.run(&progress),
         Command::Spectrum(args) => args.run(&progress),
         Command::Verify(args) => args.run(&progress),
+        #[cfg(feature = "train")]
         Command::Train(args) => args.run(&progress),
+        #[cfg(feature = "train")]
         Command::Tokenize(args) => args.run(&progress),
+        #[cfg(feature = "train")]
         Command::Eval(args) => args.run(&progress),
+        #[cfg(feature = "train")]
         Command::Generate(args) => args.run(&progress),
         Command::Inspect(args) => args.run(&progress),
         Command::Diff(args) => args.run(&progress),
         Command::Extract(args) => args.run(&progress),
+        #[cfg(feature = "convert")]
         Command::Convert(args) => args.run(&progress),
         Command::Completions(args) => args.run(&mut Cli::command()),
     }

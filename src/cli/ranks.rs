@@ -1,11 +1,12 @@
 //! A command in several processes: they meet, do their parts, and end together.
 
 use super::{DeviceChoice, Outcome, report_error};
+#[cfg(feature = "cuda")]
+use crate::ops::Cuda;
 use crate::{
     collective::{Ending, JOIN_VARIABLE, Job, Ranks, join_limit},
     error::{Error, Result},
     interrupt,
-    ops::Cuda,
     progress::Progress,
     staged,
 };
@@ -94,6 +95,7 @@ pub(super) fn threads() -> Result<Option<usize>> {
 }
 
 /// Warns where two processes of a machine have the same GPU: each is slower, and NCCL refuses it.
+#[cfg(feature = "cuda")]
 pub(super) fn warn_of_shared_gpus(job: &Job, device: &Cuda, progress: &Progress) -> Result<()> {
     let ranks = job.ranks();
     let all = job.gather(device.bus_id().as_bytes())?;

@@ -1,12 +1,16 @@
 //! `relora-kit train`
 
-use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device, ranks};
+use super::{Cuda, DEVICE_VARIABLE, DeviceChoice, Outcome, open_cuda, parse_device, ranks};
 #[cfg(feature = "mpi")]
-use crate::collective::{MpiCollective, MpiOnGpus};
+use crate::collective::MpiCollective;
+#[cfg(all(feature = "mpi", feature = "cuda"))]
+use crate::collective::MpiOnGpus;
+#[cfg(feature = "cuda")]
+use crate::{collective::Nccl, ops::CudaOptions};
 use crate::{
-    collective::{Alone, Collective, Job, Nccl},
+    collective::{Alone, Collective, Job},
     error::{Error, Result},
-    ops::{Cpu, Cuda, CudaOptions, Device, Profiled},
+    ops::{Cpu, Device, Profiled},
     progress::Progress,
     report::{self, Format},
     staged,
@@ -138,17 +142,20 @@ impl Args {
             return self.train_on(Cpu, mpi(job)?, progress);
         };
         let device = open_cuda(ordinal, progress)?;
-        ranks::warn_of_shared_gpus(job, &device, progress)?;
-        if self.collective == Some(CollectiveChoice::Mpi) {
-            return self.train_by_mpi(device, job, progress);
+        #[cfg(feature = "cuda")]
+        {
+            ranks::warn_of_shared_gpus(job, &device, progress)?;
+            if self.collective != Some(CollectiveChoice::Mpi) {
+                let nccl = Nccl::start(job.clone(), &device, &CudaOptions::from_env(ordinal).libraries)?;
+                return self.train_on(device, nccl, progress);
+            }
         }
-        let nccl = Nccl::start(job.clone(), &device, &CudaOptions::from_env(ordinal).libraries)?;
-        self.train_on(device, nccl, progress)
+        self.train_by_mpi(device, job, progress)
     }
 
     /// From GPU to GPU where MPI can, through the host's memory where not.
     fn train_by_mpi(&self, device: Cuda, job: &Arc<Job>, progress: &Progress) -> Result<Option<Summary>> {
-        #[cfg(feature = "mpi")]
+        #[cfg(all(feature = "mpi", feature = "cuda"))]
         if let Some(between_gpus) = MpiOnGpus::start(job.clone(), job.mpi()?, &device)? {
             progress.detail("MPI is CUDA-aware: it sends from GPU to GPU");
             return self.train_on(device, between_gpus, progress);

@@ -4,11 +4,13 @@
 //! only, and notices a process that dies.
 
 mod alone;
+#[cfg(feature = "cuda")]
 mod gpu;
 mod job;
 mod line;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "cuda")]
 mod nccl;
 mod ranks;
 mod rendezvous;
@@ -17,8 +19,11 @@ mod wire;
 pub use alone::Alone;
 pub use job::Job;
 pub use line::{Ending, Line, OnEnding};
+#[cfg(all(feature = "mpi", feature = "cuda"))]
+pub use mpi::MpiOnGpus;
 #[cfg(feature = "mpi")]
-pub use mpi::{Mpi, MpiCollective, MpiOnGpus};
+pub use mpi::{Mpi, MpiCollective};
+#[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 pub use ranks::{Master, Ranks};
 pub use rendezvous::{JOIN_VARIABLE, join_limit};

@@ -7,7 +7,6 @@ use crate::{
     checkpoint::{Dtype, TensorSpec, Writer},
     error::{Error, Result},
     inputs::Inputs,
-    interrupt,
     progress::Progress,
     staged::{Holds, StagedDir, Target},
 };
@@ -167,7 +166,7 @@ fn stream(source: &dyn Source, writer: &Writer, progress: &Progress) -> Result<(
         pieces.extend((0..count).step_by(step).map(|at| (i, at..count.min(at + step))));
     }
     pieces.par_iter().with_max_len(1).try_for_each(|(i, elements)| {
-        interrupt::check()?;
+        progress.check()?;
         let spec = &source.tensors()[*i].spec;
         let bytes = source.read(*i, elements.clone())?;
         writer.write(&spec.name, (elements.start * spec.dtype.bitsize() / 8) as u64, &bytes)?;

@@ -8,7 +8,6 @@ use crate::{
     checkpoint::{Dtype, READ, Reader, Tensor, dtype},
     delta::unravel,
     error::Result,
-    interrupt,
     progress::Progress,
     threads,
 };
@@ -65,7 +64,7 @@ pub(super) fn all(pairs: &[(Tensor, Tensor)], tolerance: Tolerance, progress: &P
     let total = pairs.iter().map(|(a, b)| (a.bytes().len() + b.bytes().len()) as u64).sum();
     let bar = progress.bytes("comparing", total);
     let sums = threads::spread(pieces.len(), Scratch::default, |scratch, piece| {
-        interrupt::check()?;
+        progress.check()?;
         let (i, first) = pieces[piece];
         let (a, b) = &pairs[i];
         let count = PIECE.min(a.elements() - first);

@@ -13,7 +13,6 @@ use crate::{
     checkpoint::{Checkpoint, Filter, Tensor},
     error::{Error, Result},
     inputs::Inputs,
-    interrupt,
     progress::Progress,
     staged::{Holds, StagedDir, Target},
     threads,
@@ -73,7 +72,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<ExtractReport> {
     let plan = Plan::new(&base, &tuned, options)?;
     let staged = StagedDir::create(target)?;
     let factors = factors(&plan, options.size, progress)?;
-    let rest = norms(&plan.rest)?;
+    let rest = norms(&plan.rest, progress)?;
     write(&plan, &factors, options, staged.path())?;
     let report = report(options, &plan, &factors, rest);
     if !options.save_rest && !report.left_out.is_empty() {
@@ -92,7 +91,7 @@ fn factors(plan: &Plan, size: Size, progress: &Progress) -> Result<Vec<Factors>>
     // Whole matrices at a time, one per thread.
     let all = threads::with_serial_blas(|| {
         let one = |m: &Changed| {
-            interrupt::check()?;
+            progress.check()?;
             let shape = m.tuned.matrix_shape()?;
             let delta = Array2::from_shape_vec(shape, factor::difference(&m.base, &m.tuned)?)
                 .map_err(|e| Error::environment(format!("tensor '{}': {e}", m.tuned.name())))?;
@@ -106,9 +105,9 @@ fn factors(plan: &Plan, size: Size, progress: &Progress) -> Result<Vec<Factors>>
     Ok(all)
 }
 
-fn norms(changed: &[Changed]) -> Result<Vec<ChangedTensor>> {
+fn norms(changed: &[Changed], progress: &Progress) -> Result<Vec<ChangedTensor>> {
     let one = |c: &Changed| {
-        interrupt::check()?;
+        progress.check()?;
         let delta = factor::difference(&c.base, &c.tuned)?;
         Ok(ChangedTensor {
             name: c.tuned.name().to_owned(),

@@ -5,7 +5,6 @@ use crate::{
     checkpoint::{Dtype, READ, Reader, Tensor, dtype},
     delta::unravel,
     error::Result,
-    interrupt,
     progress::Progress,
     threads,
 };
@@ -55,7 +54,7 @@ pub(super) fn of(tensors: &[Tensor], progress: &Progress) -> Result<Vec<Option<S
         .collect();
     let bar = progress.bytes("reading", tensors.iter().map(|t| t.bytes().len() as u64).sum());
     let moments = threads::spread(pieces.len(), Scratch::default, |scratch, piece| {
-        interrupt::check()?;
+        progress.check()?;
         let (i, first) = pieces[piece];
         let count = PIECE.min(tensors[i].elements() - first);
         let moments = scratch.moments(&tensors[i], first, count)?;

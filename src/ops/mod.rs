@@ -16,6 +16,10 @@ mod adamw;
 mod attention;
 mod cpu;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "without_cuda.rs"]
 mod cuda;
 mod dropout;
 mod elementwise;
@@ -36,10 +40,11 @@ pub use adamw::AdamW;
 pub use attention::AttentionShape;
 pub use cpu::Cpu;
 pub use cross_entropy::IGNORE;
-pub use cuda::{
-    Communicator, Cuda, CudaOptions, Exchange, FOLDERS_VARIABLE, GpuGram, GpuMatrix, NcclId, NcclLibrary, Products,
-    Solver, Span, Sum,
-};
+#[cfg(not(feature = "cuda"))]
+pub use cuda::unavailable;
+#[cfg(feature = "cuda")]
+pub use cuda::{Communicator, Cuda, Exchange, NcclId, NcclLibrary, Span, Sum};
+pub use cuda::{CudaOptions, FOLDERS_VARIABLE, GpuGram, GpuMatrix, Products, Solver};
 pub use dropout::Dropout;
 pub use matmul::{Factor, Mat, MatMut};
 pub use profiled::{OperationTime, Profiled};

@@ -1,5 +1,6 @@
 //! Results -> table, JSON, CSV or Markdown. Computes nothing.
 
+#[cfg(feature = "convert")]
 mod convert;
 mod diff;
 mod extract;
@@ -9,7 +10,9 @@ mod merge;
 mod merge_plan;
 pub mod spectrum;
 pub mod table;
+#[cfg(feature = "train")]
 mod tokenize;
+#[cfg(feature = "train")]
 mod train;
 pub mod units;
 pub mod verify;

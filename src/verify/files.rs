@@ -3,7 +3,6 @@
 use super::{Findings, Mismatch};
 use crate::{
     error::{Error, Result},
-    interrupt,
     progress::Progress,
     run::{Manifest, RunDir, sha256_file},
 };
@@ -31,7 +30,7 @@ pub(super) fn check(dir: &RunDir, manifest: &Manifest, progress: &Progress) -> R
         }
         refuse_links(&dir.0, folder)?;
         for (name, expected) in *files {
-            interrupt::check()?;
+            progress.check()?;
             refuse_links(&dir.0, &folder.join(name))?;
             let what = folder.join(name).display().to_string();
             if let Some(found) = hash(&dir.0.join(folder).join(name), &what, &mut findings)? {
@@ -44,7 +43,7 @@ pub(super) fn check(dir: &RunDir, manifest: &Manifest, progress: &Progress) -> R
         expect_no_others(&dir.0, folder, files, &mut findings)?;
     }
     for (name, data) in &manifest.data {
-        interrupt::check()?;
+        progress.check()?;
         let what = format!("{name} data '{}'", data.path.display());
         if data.path.exists() {
             // Of a file outside the run nothing is told, not even its hash.

@@ -10,6 +10,7 @@ mod documents;
 mod forgeries;
 mod generate;
 mod golden;
+mod old_run;
 mod options;
 mod oracle;
 mod quickstart_gate;

@@ -50,10 +50,13 @@ openblas_links() {
     return $status
 }
 
-# Whether bindgen finds libclang: it reads the headers of MPI.
+# Whether bindgen finds libclang, with which it reads the headers of MPI. `libclang-cpp.so`, the C++ library that LLVM's runtime
+# brings along, is another one.
 libclang_is_there() {
-    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null ||
-        ldconfig -p 2>/dev/null | grep -q 'libclang\(-[0-9.]*\)\?\.so'
+    local libraries='libclang(-[0-9.]+)?\.so(\.[0-9.]+)?'
+    [ -n "${LIBCLANG_PATH:-}" ] ||
+        compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' | grep -Eq "/$libraries\$" ||
+        ldconfig -p 2>/dev/null | grep -Eq "^[[:space:]]*$libraries "
 }
 
 missing_packages() {

@@ -3,8 +3,10 @@
 //! One thread makes all calls of MPI, as its level `MPI_THREAD_FUNNELED` asks, so that sums go on while the others compute.
 //! It looks now and then whether a call has ended instead of waiting in it: MPI's own waiting takes a whole core.
 
+#[cfg(feature = "cuda")]
 mod gpus;
 
+#[cfg(feature = "cuda")]
 pub use gpus::MpiOnGpus;
 
 use super::{Collective, InJob, Job, Line, OnEnding, Pending, Ranks, rendezvous};
