@@ -50,6 +50,10 @@ impl Error {
     /// An I/O failure on `path`; `action` reads as in "cannot {action} '{path}'".
     /// A missing input is an error of the request, everything else an environment error.
     pub fn io(action: &str, path: &Path, source: io::Error) -> Self {
+        // One of ours that came through a reader of the standard library.
+        if let Some(inner) = source.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+            return inner.clone();
+        }
         let message = format!("cannot {action} '{}': {source}", path.display());
         // The kernel could not read what was to be written: the mapping of an input.
         if source.raw_os_error() == Some(libc::EFAULT) {

@@ -7,14 +7,15 @@
 //!
 //! However the process ends here, temporary siblings of its outputs are removed first, and exit code 3 is given.
 
-use crate::{error::Result, inputs, progress::Cancellation, staged};
+use crate::{error::Result, escape, inputs, progress::Cancellation, staged};
 use std::{
-    os::fd::{AsRawFd, IntoRawFd},
+    os::fd::IntoRawFd,
+    path::{Path, PathBuf},
     sync::{
-        LazyLock,
-        atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering},
+        LazyLock, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Cancelled by the first signal.
@@ -34,25 +35,26 @@ pub fn install() -> Cancellation {
     // A second handler cannot be installed; then the default one (the process ends) stays, which is safe.
     let _ = ctrlc::set_handler(|| {
         if SIGNALLED.cancel() || DEFERRED.load(Ordering::SeqCst) == 0 {
-            end("error: interrupted\n");
+            end("error: interrupted\n", 3);
         }
         if UNLIMITED.load(Ordering::SeqCst) == 0 {
             std::thread::spawn(|| {
                 std::thread::sleep(GRACE);
-                end("error: interrupted; no safe point was reached in time\n");
+                end("error: interrupted; no safe point was reached in time\n", 3);
             });
         }
     });
+    let _ = std::thread::Builder::new().name("time-limits".into()).spawn(watch_limits);
     bus_error::install();
     SIGNALLED.clone()
 }
 
 /// Removes temporary siblings and ends the process. Other threads may be anywhere: nothing of theirs is waited for.
-fn end(message: &str) -> ! {
+fn end(message: &str, code: i32) -> ! {
     say(message);
     staged::abandon_all();
     // SAFETY: `_exit` takes no pointer and runs nothing of the process.
-    unsafe { libc::_exit(3) }
+    unsafe { libc::_exit(code) }
 }
 
 /// Past the buffers and locks of the standard library.
@@ -91,11 +93,51 @@ pub fn check() -> Result<()> {
     SIGNALLED.check()
 }
 
+/// A piece of work in a library that may never come back, such as the search for a pattern that a file brings.
+pub struct TimeLimit(u64);
+
+/// Work in progress: number, deadline, the file at fault.
+static LIMITED: Mutex<Vec<(u64, Instant, PathBuf)>> = Mutex::new(Vec::new());
+
+/// Ends the process (exit code 2, hidden files removed) if the returned value is not dropped within `limit`; `path` is the
+/// file whose content the work follows. Where [`install`] was not called, as in a library, it only waits.
+pub fn time_limit(limit: Duration, path: &Path) -> TimeLimit {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    limited().push((number, Instant::now() + limit, path.to_owned()));
+    TimeLimit(number)
+}
+
+impl Drop for TimeLimit {
+    fn drop(&mut self) {
+        limited().retain(|(number, ..)| *number != self.0);
+    }
+}
+
+fn limited() -> std::sync::MutexGuard<'static, Vec<(u64, Instant, PathBuf)>> {
+    LIMITED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks at the deadlines once a second.
+fn watch_limits() {
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+        let late = limited().iter().find(|(_, deadline, _)| *deadline < Instant::now()).map(|late| late.2.clone());
+        if let Some(path) = late {
+            let message = format!(
+                "error: '{}' takes too long for one document: a pattern in it may never end\n\
+                 help: use another tokenizer, or split the documents\n",
+                escape::path(&path)
+            );
+            end(&message, 2);
+        }
+    }
+}
+
 /// SIGBUS: the handler only hands the address to a thread and waits; the thread finds the file, reports it and ends the
 /// process. An address in no mapped input gets the system's default action, as without a handler.
 mod bus_error {
     use super::*;
-    use crate::escape;
 
     /// The writing end of the pipe to the thread.
     static PIPE: AtomicI32 = AtomicI32::new(-1);
@@ -104,17 +146,17 @@ mod bus_error {
 
     pub(super) fn install() {
         let Ok((mut reader, writer)) = std::io::pipe() else { return };
-        debug_assert!(reader.as_raw_fd() >= 0);
         PIPE.store(writer.into_raw_fd(), Ordering::SeqCst);
         let watch = move || {
             let mut address = [0; size_of::<usize>()];
             while std::io::Read::read_exact(&mut reader, &mut address).is_ok() {
                 if let Some(path) = inputs::mapped_at(usize::from_ne_bytes(address)) {
-                    super::end(&format!(
+                    let message = format!(
                         "error: '{}' was cut short, or its disk failed, while it was read; nothing was written\n\
                          help: run again when nothing writes to the inputs, and check the disk\n",
                         escape::path(&path)
-                    ));
+                    );
+                    super::end(&message, 3);
                 }
                 // SAFETY: the default action runs no code of ours.
                 unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };

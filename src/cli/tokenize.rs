@@ -129,6 +129,7 @@ impl Args {
                 field: self.field,
                 separator: self.split_on,
                 content: self.content.map(ContentArg::content),
+                max_document: 0,
             },
             max_bytes: self.max_bytes,
             skip_unreadable: self.skip_unreadable,

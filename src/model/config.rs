@@ -78,6 +78,9 @@ const PRESETS: [(&str, usize, usize, usize, usize, usize, usize); 14] = [
     ("llama_7b", 4096, 11008, 32, 32, 32100, 2048),
 ];
 
+/// More layers than any model has: tables of tensors are made by this number.
+const MAX_LAYERS: usize = 1 << 16;
+
 /// Keys that [`LlamaConfig`] reads or writes itself, so that they are not part of `extra`.
 const OWN_KEYS: [&str; 24] = [
     "architectures",
@@ -142,7 +145,7 @@ impl LlamaConfig {
         let config = LlamaConfig {
             hidden_size,
             intermediate_size: keys.count("intermediate_size")?,
-            num_hidden_layers: keys.count("num_hidden_layers")?,
+            num_hidden_layers: keys.count_up_to("num_hidden_layers", MAX_LAYERS)?,
             num_attention_heads,
             num_key_value_heads: keys.optional_count("num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim,
@@ -317,6 +320,13 @@ impl Keys<'_> {
 
     fn count(&self, key: &str) -> Result<usize> {
         self.optional_count(key)?.ok_or_else(|| Error::request(format!("{key} is missing")))
+    }
+
+    fn count_up_to(&self, key: &str, most: usize) -> Result<usize> {
+        match self.count(key)? {
+            n if n <= most => Ok(n),
+            n => Err(Error::request(format!("{key} is {n}, expected a whole number from 1 to {most}"))),
+        }
     }
 
     fn number(&self, key: &str, default: f64) -> Result<f64> {

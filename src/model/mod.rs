@@ -52,6 +52,20 @@ pub struct Model<D: Device> {
     pool: Pool<D>,
 }
 
+/// Every layer has tensors of its own: refused before tables are made by what the configuration says.
+fn check_layers(config: &LlamaConfig, checkpoint: &Checkpoint) -> Result<()> {
+    match config.num_hidden_layers <= checkpoint.len() {
+        true => Ok(()),
+        false => Err(crate::error::Error::request(format!(
+            "num_hidden_layers is {} in config.json, but '{}' holds only {} tensors",
+            config.num_hidden_layers,
+            checkpoint.path().display(),
+            checkpoint.len()
+        ))
+        .help("download configuration and weights together")),
+    }
+}
+
 impl<D: Device> Model<D> {
     /// A new model: weights normal with standard deviation `initializer_range`, norms 1, as Hugging Face does it. Each
     /// tensor has a generator of its own, seeded by `seed` and its name. Everything is trainable.
@@ -71,6 +85,7 @@ impl<D: Device> Model<D> {
     /// without [`Model::set_mixed_precision`].
     pub fn load_kept(device: D, checkpoint: &Checkpoint, store: Store, mixed_precision: bool) -> Result<Self> {
         let config = LlamaConfig::from_json(&params::config_path(checkpoint))?;
+        check_layers(&config, checkpoint)?;
         let element = activations(&device, mixed_precision);
         let params = params::load(&device, &config, checkpoint, (store, element))?;
         let mut model = Self::assemble(device, config, params, 0);

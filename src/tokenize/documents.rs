@@ -1,7 +1,10 @@
 //! Documents out of text, JSON, Parquet and Arrow files, plain or compressed, one after the other.
 
 use super::{arrow, json, parquet, stream};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    guard,
+};
 use std::{
     io::{BufRead, BufReader, Cursor, Read},
     path::Path,
@@ -16,7 +19,12 @@ pub struct Layout {
     pub separator: Option<String>,
     /// What every file holds; by default its name and its first bytes tell.
     pub content: Option<Content>,
+    /// Bytes that a document or record of text may have; [`MAX_DOCUMENT`] if that is more.
+    pub max_document: u64,
 }
+
+/// Bytes of the largest document, unless more are wanted: what a small compressed file becomes has no other bound.
+pub const MAX_DOCUMENT: u64 = 1 << 30;
 
 /// What a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,10 +146,20 @@ fn plain(
             Err(Error::request(format!("'{}' is {} inside another compression", path.display(), name(found)))
                 .help("decompress it first: the format compresses its own pages"))
         }
-        Content::Parquet => parquet::rows(path, &layout.field, each),
-        Content::Arrow if head.starts_with(arrow::FILE_MAGIC) => arrow::file_rows(path, &layout.field, each),
-        Content::Arrow => arrow::stream_rows(path, whole(head, rest), &layout.field, each),
+        // The readers of tables panic on some damaged files.
+        Content::Parquet => guard::caught(path, "Parquet file", || parquet::rows(path, &layout.field, each)),
+        Content::Arrow if head.starts_with(arrow::FILE_MAGIC) => {
+            guard::caught(path, "Arrow file", || arrow::file_rows(path, &layout.field, each))
+        }
+        Content::Arrow => {
+            guard::caught(path, "Arrow stream", || arrow::stream_rows(path, whole(head, rest), &layout.field, each))
+        }
         Content::Json => {
+            let (rest, spent) = stream::limited(rest, path, layout.max_document.max(MAX_DOCUMENT));
+            let each: &mut Sink = &mut |document| {
+                spent.set(0);
+                each(document)
+            };
             let lines = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
             let lines = [".jsonl", ".ndjson"].iter().any(|end| lines.contains(end));
             let copy = head.clone();
@@ -152,6 +170,11 @@ fn plain(
             if let Some(kind) = foreign(&head) {
                 return each(Document::Unreadable(not_text(path, kind)));
             }
+            let (rest, spent) = stream::limited(rest, path, layout.max_document.max(MAX_DOCUMENT));
+            let each: &mut Sink = &mut |document| {
+                spent.set(0);
+                each(document)
+            };
             text(path, &head, whole(head.clone(), rest), layout.separator.as_deref(), each)
         }
     }

@@ -110,9 +110,11 @@ pub fn run(options: &Options, tokenizer: &Tokenizer, progress: &Progress) -> Res
         empty: 0,
         unreadable: 0,
     };
+    let max_document = options.layout.max_document.max(options.max_bytes.unwrap_or(0));
+    let layout = Layout { max_document, ..options.layout.clone() };
     for file in &files {
         let mut no_text = None;
-        let wants_more = documents::read(&file.path, file.content, &options.layout, &mut |document| match document {
+        let wants_more = documents::read(&file.path, file.content, &layout, &mut |document| match document {
             Document::Text(text) => job.take(text),
             Document::Empty => job.take(String::new()),
             Document::Unreadable(_) if options.skip_unreadable => {

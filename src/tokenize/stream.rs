@@ -2,10 +2,12 @@
 
 use crate::error::{Error, Result};
 use std::{
+    cell::Cell,
     fs::File,
     io::{self, IsTerminal, Read},
     os::unix::fs::FileTypeExt,
-    path::Path,
+    path::{Path, PathBuf},
+    rc::Rc,
 };
 
 /// Opens a file, a pipe or a terminal. Other devices are refused: most never end.
@@ -25,10 +27,39 @@ pub fn open(path: &Path) -> Result<Box<dyn Read>> {
     Ok(Box::new(file))
 }
 
+/// `source`, which fails with an error of ours once it has given more than `limit` bytes since the returned count was last
+/// set to 0.
+pub fn limited(source: Box<dyn Read>, path: &Path, limit: u64) -> (Box<dyn Read>, Rc<Cell<u64>>) {
+    let spent = Rc::new(Cell::new(0));
+    (Box::new(Limited { source, path: path.to_owned(), limit, spent: spent.clone() }), spent)
+}
+
+struct Limited {
+    source: Box<dyn Read>,
+    path: PathBuf,
+    limit: u64,
+    spent: Rc<Cell<u64>>,
+}
+
+impl Read for Limited {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.source.read(buffer)?;
+        self.spent.set(self.spent.get() + read as u64);
+        if self.spent.get() > self.limit {
+            let what = format!("'{}' holds a document of more than {} bytes", self.path.display(), self.limit);
+            return Err(io::Error::other(
+                Error::request(what).help("split it, or let --max-bytes be as large as it is"),
+            ));
+        }
+        Ok(read)
+    }
+}
+
 /// The error of a read of `path`. What a decompressor refuses is the file's fault, not the machine's.
 pub fn read_error(path: &Path, e: io::Error) -> Error {
     use io::ErrorKind::{InvalidData, InvalidInput, Other, UnexpectedEof};
     match e.kind() {
+        _ if e.get_ref().is_some_and(|inner| inner.is::<Error>()) => Error::io("read", path, e),
         InvalidData | InvalidInput | Other | UnexpectedEof => {
             Error::request(format!("'{}' is damaged or cut short: {e}", path.display()))
                 .help("write or download it again")

@@ -6,6 +6,7 @@
 
 use crate::{
     error::{Error, Result},
+    guard, inputs, interrupt,
     run::sha256_file,
 };
 use serde::de::IgnoredAny;
@@ -13,6 +14,7 @@ use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 use tokenizers::processors::template::TemplateProcessing;
 
@@ -20,6 +22,14 @@ use tokenizers::processors::template::TemplateProcessing;
 pub const END_OF_DOCUMENT: u32 = 256;
 /// Ids of the byte tokenizer.
 pub const BYTE_VOCABULARY: usize = 257;
+
+/// Bytes of the largest `tokenizer.json` that is read.
+const MAX_BYTES: u64 = 1 << 30;
+
+/// Seconds that a document may take, besides one for so many bytes: a tenth of the speed of any tokenizer in use. A pattern
+/// of a `tokenizer.json` may try ways in number exponential in the text.
+const LONGEST: u64 = 60;
+const SLOWEST: u64 = 100_000;
 
 /// Tokens that end a document in common vocabularies, for a `tokenizer.json` without a `tokenizer_config.json`.
 const COMMON_ENDS: [&str; 3] = ["<|endoftext|>", "<|end_of_text|>", "</s>"];
@@ -129,8 +139,12 @@ impl Tokenizer {
         match self {
             Tokenizer::Bytes => Ok(text.bytes().map(u32::from).collect()),
             Tokenizer::HuggingFace(v) => {
-                let encoding = v.inner.encode_fast(text, special_tokens);
-                Ok(encoding.map_err(|e| Error::request(format!("cannot tokenize: {e}")))?.get_ids().to_vec())
+                let seconds = LONGEST + text.len() as u64 / SLOWEST;
+                let _limit = interrupt::time_limit(Duration::from_secs(seconds), &v.path);
+                guard::caught(&v.path, "tokenizer.json", || {
+                    let encoding = v.inner.encode_fast(text, special_tokens);
+                    Ok(encoding.map_err(|e| Error::request(format!("cannot tokenize: {e}")))?.get_ids().to_vec())
+                })
             }
         }
     }
@@ -142,9 +156,9 @@ impl Tokenizer {
                 let bytes: Vec<u8> = ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
-            Tokenizer::HuggingFace(v) => {
+            Tokenizer::HuggingFace(v) => guard::caught(&v.path, "tokenizer.json", || {
                 v.inner.decode(ids, false).map_err(|e| Error::request(format!("cannot decode: {e}")))
-            }
+            }),
         }
     }
 }
@@ -152,12 +166,14 @@ impl Tokenizer {
 /// Reads a `tokenizer.json`, with truncation and padding off.
 fn read(path: &Path) -> Result<tokenizers::Tokenizer> {
     let help = "copy or download it again, or save it with tokenizer.save_pretrained(FOLDER)";
-    let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let bytes = inputs::read(path, MAX_BYTES)?;
     // The library unwinds on some files that are not JSON; and its own error names no place.
     serde_json::from_slice::<IgnoredAny>(&bytes)
         .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())).help(help))?;
-    let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-        .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())).help(help))?;
+    let mut inner = guard::caught(path, "tokenizer.json", || {
+        tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::request(format!("'{}' is not a tokenizer.json: {e}", path.display())).help(help))
+    })?;
     inner.with_padding(None);
     let off = inner.with_truncation(None).map(|_| ());
     off.map_err(|e| Error::request(format!("'{}': {e}", path.display())))?;

@@ -114,6 +114,16 @@ fn valid_files_are_read() {
     }
 }
 
+#[test]
+fn what_a_fuzzer_found_once_is_read_or_refused() {
+    for (name, run) in entry_points::ALL {
+        for (seed, bytes) in entry_points::seeds(name) {
+            println!("{name} {seed}");
+            run(&bytes);
+        }
+    }
+}
+
 /// Runs the program with one GiB of address space beyond what an idle one needs.
 fn limited(args: &[&str]) -> (Output, Duration) {
     let script = format!("ulimit -v 3000000; exec {:?} --threads 1 \"$@\"", assert_cmd::cargo::cargo_bin("relora-kit"));

@@ -8,5 +8,6 @@ mod bad_input;
 mod convert;
 mod diff;
 mod encodings;
+mod hostile_cases;
 mod hostile_input;
 mod inspect;

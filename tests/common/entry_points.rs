@@ -5,19 +5,27 @@ use relora_kit::{
     adapter::Adapter,
     checkpoint::{Checkpoint, INDEX_NAME, Tensor, header::Header},
     convert,
+    model::LlamaConfig,
     progress::Progress,
+    spectrum::{self, Gate},
     tokenize::{self, Tokenizer},
-    train::tokens::TokenShard,
+    train::{config::Config, tokens::TokenShard},
+    verify,
 };
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
+// The fuzz program has no other way to it.
+#[allow(clippy::duplicate_mod, reason = "the fuzz program includes this file alone")]
+#[path = "synthetic_run.rs"]
+mod synthetic_run;
+
 type EntryPoint = (&'static str, fn(&[u8]));
 
 /// Every entry point by its name, which is that of the fuzz target.
-pub const ALL: [EntryPoint; 9] = [
+pub const ALL: [EntryPoint; 15] = [
     ("header", header),
     ("index", index),
     ("adapter_config", adapter_config),
@@ -25,8 +33,14 @@ pub const ALL: [EntryPoint; 9] = [
     ("pytorch", pytorch),
     ("gguf", gguf),
     ("records", records),
+    ("tables", tables),
     ("tokenizer", tokenizer),
     ("token_shard", token_shard),
+    ("gate", gate),
+    ("model_config", model_config),
+    ("train_config", train_config),
+    ("part", part),
+    ("manifest", manifest),
 ];
 
 fn fixture(name: &str) -> PathBuf {
@@ -47,9 +61,35 @@ pub fn valid(entry_point: &str) -> Vec<u8> {
         "gguf" => "gguf/types.gguf",
         "records" | "tokenizer" => "tokenizer/tokenizer.json",
         "token_shard" => return shard(),
+        "model_config" => "tiny_llama/config.json",
+        "train_config" => "../examples/tiny.toml",
+        "manifest" => return fs::read(made_run().join("manifest.json")).unwrap(),
+        "gate" | "part" | "tables" => return seeds(entry_point).remove(0).1,
         other => panic!("no fixture for '{other}'"),
     };
     fs::read(fixture(path)).unwrap()
+}
+
+/// What was found once, and where a search begins: name and bytes, in the order of the names.
+pub fn seeds(entry_point: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = fixture("..").join("fuzz/seeds").join(entry_point);
+    let mut seeds: Vec<(String, Vec<u8>)> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(&path).unwrap()))
+        .collect();
+    seeds.sort();
+    seeds
+}
+
+/// A small run that verifies, made once.
+fn made_run() -> &'static Path {
+    static RUN: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = folder().keep();
+        synthetic_run::write_run(&folder, synthetic_run::Spec { cycles: 1, ..synthetic_run::Spec::default() })
+    })
 }
 
 /// In memory where that exists: a fuzzer writes many.
@@ -85,6 +125,67 @@ pub fn index(bytes: &[u8]) {
     fs::write(dir.path().join(INDEX_NAME), bytes).unwrap();
     if let Ok(checkpoint) = Checkpoint::open(dir.path()) {
         checkpoint.tensors().for_each(check);
+    }
+}
+
+/// The text of a gate.
+pub fn gate(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = Gate::parse(text);
+    }
+}
+
+/// A model's `config.json`.
+pub fn model_config(bytes: &[u8]) {
+    let Ok(value) = serde_json::from_slice(bytes) else { return };
+    if let Ok(config) = LlamaConfig::from_value(&value) {
+        LlamaConfig::from_value(&config.to_json()).unwrap();
+    }
+}
+
+/// The configuration of a run.
+pub fn train_config(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Ok(config) = Config::parse(text, Path::new("fuzz.toml"), &[])
+    {
+        config.to_toml().unwrap();
+    }
+}
+
+/// A part of a spectrum of several jobs.
+pub fn part(bytes: &[u8]) {
+    let dir = folder();
+    let path = dir.path().join("part.json");
+    fs::write(&path, bytes).unwrap();
+    if let Ok(spectrum) = spectrum::combine(&[path], &spectrum::Options::default()) {
+        assert!(spectrum.matrices.iter().all(|m| m.measures.spectral_norm >= 0.0));
+    }
+}
+
+/// The manifest of a run whose files are sound.
+pub fn manifest(bytes: &[u8]) {
+    let run = made_run();
+    let honest = fs::read(run.join("manifest.json")).unwrap();
+    let dir = folder();
+    for name in ["base", "cycles", "checkpoints", "config.toml", "metrics.jsonl"] {
+        copy_tree(&run.join(name), &dir.path().join(name));
+    }
+    fs::write(dir.path().join("manifest.json"), bytes).unwrap();
+    if let Ok(found) = verify::run(dir.path(), &Progress::hidden()) {
+        assert_eq!(found.verified, found.mismatches.is_empty());
+        assert!(!found.verified || serde_json::from_slice::<serde_json::Value>(bytes).is_ok());
+    }
+    assert_eq!(honest, fs::read(run.join("manifest.json")).unwrap());
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    if from.is_dir() {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap().flatten() {
+            copy_tree(&entry.path(), &to.join(entry.file_name()));
+        }
+    } else {
+        fs::hard_link(from, to).unwrap();
     }
 }
 

@@ -10,6 +10,8 @@ mod documents;
 mod forgeries;
 mod generate;
 mod golden;
+mod hostile_text;
+mod locks;
 mod old_run;
 mod options;
 mod oracle;

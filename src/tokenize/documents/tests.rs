@@ -23,7 +23,7 @@ fn all(path: &Path, layout: &Layout) -> Result<Vec<Option<String>>> {
 #[test]
 fn every_layout_and_compression_gives_the_same_documents() {
     let root = tempfile::tempdir().unwrap();
-    let layout = Layout { field: "text".into(), separator: Some("<|end|>".into()), content: None };
+    let layout = Layout { field: "text".into(), separator: Some("<|end|>".into()), ..Layout::default() };
     let lines = "{\"text\":\"one\\ntwo\",\"id\":1}\n\n{\"id\":2,\"text\":\"drei\"}\n";
     let plain = "one\ntwo<|end|>drei";
     let gzip = |bytes: &str| {

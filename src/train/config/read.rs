@@ -7,6 +7,9 @@ use crate::{
 };
 use std::path::Path;
 
+/// Parts of a key; the configuration has two.
+const MAX_PARTS: usize = 8;
+
 /// Bytes of the largest configuration that is read.
 const MAX_BYTES: u64 = 10_000_000;
 
@@ -94,11 +97,16 @@ fn resolve_paths(table: &mut toml::Table, folder: &Path) {
 
 /// `section.key=value`; the value is TOML, or a string if it is not.
 fn apply(table: &mut toml::Table, assignment: &str) -> Result<()> {
+    let shown: String = assignment.chars().take(100).collect();
     let bad = || {
-        Error::request(format!("'--set {assignment}' is not of the form section.key=value"))
+        Error::request(format!("'--set {shown}' is not of the form section.key=value"))
             .help("for example: --set train.lr=1e-3")
     };
     let (key, value) = assignment.split_once('=').ok_or_else(bad)?;
+    // Tables inside tables are read, and dropped, by functions that call themselves.
+    if key.matches('.').count() >= MAX_PARTS {
+        return Err(bad());
+    }
     let (section, key) = key.trim().split_once('.').ok_or_else(bad)?;
     let parsed = toml::from_str::<toml::Table>(&format!("v = {value}")).ok().and_then(|mut t| t.remove("v"));
     let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
