@@ -73,6 +73,7 @@ impl crate::merge::Options {
 /// # fn main() -> relora_kit::Result<()> {
 /// let options = SpectrumOptions::default()
 ///     .checkpoints("fixtures/tiny_llama", "fixtures/relora")
+///     .roundings(3)
 ///     .require("rank_above_noise >= 12 for all on *self_attn*")?;
 /// let result = spectrum(&options, &Progress::hidden())?;
 /// assert!(result.passed());
@@ -89,19 +90,26 @@ impl crate::spectrum::Options {
     /// Measures `tuned - base`, weight by weight; both are checkpoints.
     pub fn checkpoints(mut self, base: impl Into<PathBuf>, tuned: impl AsRef<Path>) -> Self {
         let tuned = crate::spectrum::Labelled::parse(tuned.as_ref());
-        self.requests.push(crate::spectrum::Request::Checkpoints { base: base.into(), tuned });
+        self.sources.push(crate::spectrum::SourceSpec::Checkpoints { base: base.into(), tuned });
         self
     }
 
     /// Measures the deltas `scaling * B @ A` of an adapter.
     pub fn adapter(mut self, path: impl AsRef<Path>) -> Self {
-        self.requests.push(crate::spectrum::Request::Adapter(crate::spectrum::Labelled::parse(path.as_ref())));
+        self.sources.push(crate::spectrum::SourceSpec::Adapter(crate::spectrum::Labelled::parse(path.as_ref())));
         self
     }
 
     /// Measures every cycle of a run, and their sums.
     pub fn run_directory(mut self, path: impl AsRef<Path>) -> Self {
-        self.requests.push(crate::spectrum::Request::Run(crate::spectrum::Labelled::parse(path.as_ref())));
+        self.sources.push(crate::spectrum::SourceSpec::Run(crate::spectrum::Labelled::parse(path.as_ref())));
+        self
+    }
+
+    /// How often the weights of checkpoints were rounded between base and tuned, which gates on the noise edge need to know
+    /// where the files do not say it; 0 for exact storage.
+    pub fn roundings(mut self, count: u64) -> Self {
+        self.roundings = Some(count);
         self
     }
 

@@ -92,13 +92,15 @@ pub mod inputs;
 #[doc(hidden)]
 pub mod interrupt;
 #[doc(hidden)]
-pub mod progress;
+pub mod job_array;
 #[doc(hidden)]
-pub mod shard;
+pub mod progress;
 #[doc(hidden)]
 pub mod staged;
 #[doc(hidden)]
 pub mod threads;
+#[doc(hidden)]
+pub mod work_queue;
 
 #[doc(hidden)]
 pub mod adapter;

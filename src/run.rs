@@ -11,7 +11,8 @@
 //! ```
 
 use crate::{
-    error::{Error, Kind, Result},
+    checkpoint::roundings::{Kind, Step},
+    error::{self, Error, Result},
     inputs,
 };
 use serde::{Deserialize, Serialize};
@@ -41,7 +42,7 @@ pub struct Manifest {
     /// Updates that the model had seen before this run.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub first_step: u64,
-    /// Whether merged weights were rounded by chance (bf16), so that they may be off by a whole unit in the last place.
+    /// Whether merged weights were rounded stochastically (bf16), so that they may be off by a whole unit in the last place.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stochastic_rounding: bool,
     /// Whether merged weights were quantised, `nf4` or `int8`, and are stored as the values that this left.
@@ -63,6 +64,57 @@ pub struct Manifest {
 
 fn is_zero(n: &u64) -> bool {
     *n == 0
+}
+
+impl Manifest {
+    /// How many cycles are merged into the checkpoint of `step`, and whether it lies inside a cycle, so that the delta so far
+    /// was added to its stored weights.
+    pub fn merges_before(&self, step: u64) -> (u64, bool) {
+        let merged: Vec<&CycleRecord> = self.cycles.iter().filter(|c| c.last_step <= step).collect();
+        let last = merged.last().map(|c| c.last_step).or(self.base.as_ref().map(|b| b.step));
+        (merged.len() as u64, last.is_some_and(|last| step > last))
+    }
+
+    /// How a merge rounds the weights; `None` where this version does not know the word.
+    pub fn rounding_kind(&self) -> Option<Kind> {
+        match self.quantised.as_deref() {
+            Some("nf4") => Some(Kind::Nf4),
+            Some("int8") => Some(Kind::Int8),
+            Some(_) => None,
+            None if self.stochastic_rounding => Some(Kind::Stochastic),
+            None => Some(Kind::Nearest),
+        }
+    }
+
+    /// How the weights of the checkpoint of `step` were rounded since `from`, the step of another checkpoint of this run, or
+    /// since `run/base` if none. `base` is the fingerprint of that checkpoint, `modules` what the cycles train. `None`
+    /// where the manifest does not tell.
+    pub fn roundings(&self, base: String, from: Option<u64>, step: u64, modules: Vec<String>) -> Option<Vec<Step>> {
+        if self.mode == "full" {
+            let count = step.checked_sub(from?)?;
+            let kind = if self.stochastic_rounding { Kind::Stochastic } else { Kind::Nearest };
+            return Some(vec![Step { base, kind, dtype: None, count, modules: Vec::new(), updates: 0, seed: None }]);
+        }
+        let base_step = self.base.as_ref()?.step;
+        let (merges, inside) = self.merges_before(step);
+        let (before, was_inside) = from.map_or((0, false), |from| self.merges_before(from));
+        let start = from.unwrap_or(base_step);
+        if step < start || start < base_step {
+            return None;
+        }
+        let updates = step - start;
+        // Inside a cycle the stored weight is a rounded copy of the frozen one and the delta so far.
+        let copies = u64::from(inside) + u64::from(was_inside);
+        let kind = self.rounding_kind()?;
+        let step = |kind, count| {
+            let (base, modules) = (base.clone(), modules.clone());
+            Step { base, kind, dtype: None, count, modules, updates, seed: None }
+        };
+        match kind {
+            Kind::Nf4 | Kind::Int8 => Some(vec![step(kind, merges - before), step(Kind::Nearest, copies)]),
+            _ => Some(vec![step(kind, merges - before + copies)]),
+        }
+    }
 }
 
 /// A file outside the run, and what it was.
@@ -159,12 +211,21 @@ impl RunDir {
         PathBuf::from(format!("checkpoints/step-{step}"))
     }
 
+    /// The last components of the names of the modules that the cycles train; none if the first cycle does not list them.
+    pub fn trained_modules(&self, manifest: &Manifest) -> Vec<String> {
+        let config = manifest.cycles.first().map(|cycle| self.0.join(&cycle.folder).join("adapter_config.json"));
+        let json = config.and_then(|path| inputs::read(&path, MAX_MANIFEST).ok());
+        let value = json.and_then(|json| serde_json::from_slice::<serde_json::Value>(&json).ok());
+        let targets = value.as_ref().and_then(|value| value["target_modules"].as_array());
+        targets.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect()
+    }
+
     /// Reads and checks the manifest.
     pub fn manifest(&self) -> Result<Manifest> {
         let path = self.manifest_path();
         let bytes = inputs::read(&path, MAX_MANIFEST).map_err(|e| match e.kind {
-            Kind::Request => e.help("name a folder written by `relora-kit train`"),
-            Kind::Environment | Kind::Interrupted => e,
+            error::Kind::Request => e.help("name a folder written by `relora-kit train`"),
+            error::Kind::Environment | error::Kind::Interrupted => e,
         })?;
         let manifest: Manifest = serde_json::from_slice(&bytes)
             .map_err(|e| Error::request(format!("'{}' is not a run manifest: {e}", path.display())))?;

@@ -1,14 +1,16 @@
 //! Bytes on disk: memory-mapped reading and streaming writing of safetensors, one file or many shards.
 //!
-//! Imports nothing of ours but errors and staged outputs; everything else reads and writes weights through it.
+//! Imports nothing of ours but the foundation (errors, staged outputs, digests); everything else reads and writes weights through it.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub mod dtype;
 pub mod encodings;
 mod file;
 pub mod header;
 mod index;
-pub(crate) mod lanes;
 mod reader;
+pub mod roundings;
 mod select;
 mod writer;
 

@@ -5,11 +5,11 @@ use crate::{
     checkpoint::Dtype,
     collective::Job,
     error::{Error, Result},
+    job_array::ArrayTask,
     merge::{self, Options, Rounding},
     ops::CudaOptions,
     progress::Progress,
     report::{self, Format, units},
-    shard::Shard,
 };
 use std::{
     ffi::{OsStr, OsString},
@@ -60,7 +60,7 @@ pub struct Args {
     max_shard_size: u64,
     /// Write the I-th of N shares of the output's files into OUT.parts, for --combine
     #[arg(long, value_name = "I/N", conflicts_with_all = ["dry_run", "combine"], help_heading = "Job arrays")]
-    shard: Option<Shard>,
+    shard: Option<ArrayTask>,
     /// Make the output of all parts that --shard wrote with the same options
     #[arg(long, conflicts_with = "dry_run", help_heading = "Job arrays")]
     combine: bool,

@@ -5,11 +5,11 @@ use crate::{
     collective::Job,
     error::{Error, Result},
     inputs::Inputs,
+    job_array::ArrayTask,
     ops::CudaOptions,
     progress::Progress,
     report::{self, Format, spectrum::SpectrumReport},
-    shard::Shard,
-    spectrum::{self, Gate, Labelled, Method, Options, Request},
+    spectrum::{self, Gate, Labelled, Method, Options, SourceSpec},
     staged::{self, Target},
 };
 use std::{ffi::OsString, path::PathBuf, sync::Arc};
@@ -29,9 +29,9 @@ use std::{ffi::OsString, path::PathBuf, sync::Arc};
   relora-kit spectrum --base step-0 --tuned step-20000 --rank 8 --require 'rank_above_noise > 2*r for 90%'
   relora-kit spectrum --base step-0 --tuned step-20000 --format json --sigma -o spectrum.json
   relora-kit spectrum --base step-0 --tuned step-20000 --device cuda
-  relora-kit spectrum --base step-0 --tuned step-20000 --shard 3/8 -o part-3.json
+  relora-kit spectrum --base step-0 --tuned step-20000 --part 3/8 -o part-3.json
   mpirun -n 4 relora-kit spectrum --base step-0 --tuned step-20000
-  relora-kit spectrum --combine part-*.json --require 'effective_rank > 64 for 90%' --report spectrum.html
+  relora-kit spectrum --join part-*.json --require 'effective_rank > 64 for 90%' --report spectrum.html
 
 A gate reads METRIC OP VALUE [for all|any|median|P%] [on GLOB]; VALUE is a number or a multiple of the adapter rank (2*r).
 Metrics: spectral_norm frobenius_norm nuclear_norm numerical_rank noise_edge rank_above_noise effective_rank
@@ -49,26 +49,28 @@ pub struct Args {
     /// A run of `relora-kit train`: every cycle and the sum of all; repeat to compare several
     #[arg(long, value_name = "[LABEL=]RUN", help_heading = "Sources")]
     run: Vec<OsString>,
-    /// Join the parts that --shard wrote: gates, formats and pages as if one process had measured everything
+    /// Join the parts that --part wrote: gates, formats and pages as if one process had measured everything
     #[arg(
         long,
+        alias = "combine",
         value_name = "PART.json",
         num_args = 1..,
         help_heading = "Job arrays",
         conflicts_with_all = [
             "base", "tuned", "adapter", "run", "filter", "common_only", "skip_nonfinite", "rank", "rank_tol", "roundings",
-            "dense", "shard", "device",
+            "dense", "part", "device",
         ],
     )]
-    combine: Vec<PathBuf>,
-    /// Measure the I-th of N shares of the matrices, equal in cost, and write a part (JSON) for --combine
+    join: Vec<PathBuf>,
+    /// Measure the I-th of N parts of the matrices, equal in cost, and write it (JSON) for --join
     #[arg(
         long,
+        alias = "shard",
         value_name = "I/N",
         help_heading = "Job arrays",
         conflicts_with_all = ["require", "against", "report", "sigma"],
     )]
-    shard: Option<Shard>,
+    part: Option<ArrayTask>,
     /// Only tensors whose names match this glob; repeat for more
     #[arg(long, value_name = "GLOB", help_heading = "Selection")]
     filter: Vec<String>,
@@ -87,9 +89,10 @@ pub struct Args {
     /// Numerical tolerance relative to the largest singular value [default: max(m, n) * 2^-23]
     #[arg(long, value_name = "TOL", value_parser = tolerance, help_heading = "Measures")]
     rank_tol: Option<f64>,
-    /// How often the weights were rounded between base and tuned: the stored merges
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Measures")]
-    roundings: u64,
+    /// How often the weights were rounded between base and tuned: the stored merges; 0 for exact storage. Outputs of
+    /// relora-kit say it themselves; for others, gates on the noise edge need it
+    #[arg(long, value_name = "K", help_heading = "Measures")]
+    roundings: Option<u64>,
     /// Compute every spectrum by LAPACK's SVD instead of the Gram matrix: slower, and accurate below 1e-6 * s1, too
     #[arg(long, help_heading = "Measures")]
     dense: bool,
@@ -112,15 +115,15 @@ pub struct Args {
 impl Args {
     pub(super) fn run(self, progress: &Progress) -> Result<Outcome> {
         let output = &self.output;
-        if self.shard.is_some() && matches!(output.format, Format::Csv | Format::Markdown) {
+        if self.part.is_some() && matches!(output.format, Format::Csv | Format::Markdown) {
             return Err(Error::request("a part of a spectrum is written as JSON")
-                .help("leave out --format; --combine prints every format"));
+                .help("leave out --format; --join prints every format"));
         }
         if self.dense && self.device != DeviceChoice::Cpu {
             return Err(Error::request("--dense takes LAPACK's SVD, which runs on the CPU, but --device names a GPU")
                 .help("leave out one of them"));
         }
-        if self.shard.is_some() || !self.combine.is_empty() {
+        if self.part.is_some() || !self.join.is_empty() {
             return self.measure(None, progress);
         }
         ranks::run(None, progress, |job, progress| self.measure(job, progress))
@@ -128,11 +131,11 @@ impl Args {
 
     /// Where the result and the page go.
     fn targets(&self, options: &Options) -> Result<(Option<Target>, Option<Target>)> {
-        let mut inputs = Inputs::of(self.combine.iter().chain(&self.against));
-        for request in &options.requests {
-            match request {
-                Request::Checkpoints { base, tuned } => inputs.extend([base, &tuned.path]),
-                Request::Adapter(source) | Request::Run(source) => inputs.extend([&source.path]),
+        let mut inputs = Inputs::of(self.join.iter().chain(&self.against));
+        for source in &options.sources {
+            match source {
+                SourceSpec::Checkpoints { base, tuned } => inputs.extend([base, &tuned.path]),
+                SourceSpec::Adapter(source) | SourceSpec::Run(source) => inputs.extend([&source.path]),
             }
         }
         let page = self.report.as_ref().map(|path| Target::text(path, self.output.force, &inputs)).transpose()?;
@@ -142,8 +145,8 @@ impl Args {
     fn measure(&self, job: Option<&Arc<Job>>, progress: &Progress) -> Result<Outcome> {
         let (output, options) = (&self.output, self.options(job)?);
         let (target, page) = self.targets(&options)?;
-        let mut spectrum = match (self.combine.is_empty(), job) {
-            (false, _) => spectrum::combine(&self.combine, &options)?,
+        let mut spectrum = match (self.join.is_empty(), job) {
+            (false, _) => spectrum::join(&self.join, &options)?,
             (true, None) => spectrum::run(&options, progress)?,
             (true, Some(job)) => match spectrum::run_together(&options, job, progress)? {
                 Some(spectrum) => spectrum,
@@ -159,14 +162,14 @@ impl Args {
             }
         }
         let shown = SpectrumReport { spectrum: &spectrum, wide: output.format == Format::Csv };
-        let format = if self.shard.is_some() { Format::Json } else { output.format };
+        let format = if self.part.is_some() { Format::Json } else { output.format };
         report::emit(&shown, format, target)?;
         Ok(if spectrum.passed() { Outcome::Yes } else { Outcome::No })
     }
 
     fn options(&self, job: Option<&Arc<Job>>) -> Result<Options> {
         Ok(Options {
-            requests: if self.combine.is_empty() { self.requests()? } else { Vec::new() },
+            sources: if self.join.is_empty() { self.sources()? } else { Vec::new() },
             filter: self.filter.clone(),
             gates: self.require.iter().map(|text| Gate::parse(text)).collect::<Result<_>>()?,
             rank_tolerance: self.rank_tol,
@@ -177,25 +180,25 @@ impl Args {
             sigma: self.sigma || self.report.is_some(),
             hashes: self.report.is_some(),
             against: self.against.clone(),
-            shard: self.shard,
+            part: self.part,
             method: if self.dense { Method::Dense } else { Method::Auto },
             small: None,
             gpu: ranks::own_gpu(self.device, job).map(CudaOptions::from_env),
         })
     }
 
-    fn requests(&self) -> Result<Vec<Request>> {
-        let mut requests = Vec::new();
+    fn sources(&self) -> Result<Vec<SourceSpec>> {
+        let mut sources = Vec::new();
         for (base, tuned) in self.base.iter().flat_map(|base| self.tuned.iter().map(move |tuned| (base, tuned))) {
-            requests.push(Request::Checkpoints { base: base.clone(), tuned: Labelled::parse(tuned) });
+            sources.push(SourceSpec::Checkpoints { base: base.clone(), tuned: Labelled::parse(tuned) });
         }
-        requests.extend(self.adapter.iter().map(|text| Request::Adapter(Labelled::parse(text))));
-        requests.extend(self.run.iter().map(|text| Request::Run(Labelled::parse(text))));
-        if requests.is_empty() {
+        sources.extend(self.adapter.iter().map(|text| SourceSpec::Adapter(Labelled::parse(text))));
+        sources.extend(self.run.iter().map(|text| SourceSpec::Run(Labelled::parse(text))));
+        if sources.is_empty() {
             return Err(Error::request("no source is given")
-                .help("pass --base CKPT --tuned CKPT, --adapter ADAPTER, --run RUN, or --combine PART.json..."));
+                .help("pass --base CKPT --tuned CKPT, --adapter ADAPTER, --run RUN, or --join PART.json..."));
         }
-        Ok(requests)
+        Ok(sources)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     delta::unravel,
     error::Result,
     progress::Progress,
-    threads,
+    work_queue,
 };
 use serde::Serialize;
 
@@ -53,7 +53,7 @@ const RUN: usize = 1 << 14;
 /// Elements that are decoded and compared together otherwise, in the first-level cache.
 const CHUNK: usize = 2048;
 
-/// Compares each pair. All pieces of all pairs are spread over the threads, then summed in order, so that the result
+/// Compares each pair. The threads share all pieces of all pairs, which are summed in order, so that the result
 /// does not depend on the number of threads.
 pub(super) fn all(pairs: &[(Tensor, Tensor)], tolerance: Tolerance, progress: &Progress) -> Result<Vec<Difference>> {
     let pieces: Vec<(usize, usize)> = pairs
@@ -63,7 +63,7 @@ pub(super) fn all(pairs: &[(Tensor, Tensor)], tolerance: Tolerance, progress: &P
         .collect();
     let total = pairs.iter().map(|(a, b)| (a.bytes().len() + b.bytes().len()) as u64).sum();
     let bar = progress.bytes("comparing", total);
-    let sums = threads::spread(pieces.len(), Scratch::default, |scratch, piece| {
+    let sums = work_queue::run_in_order(pieces.len(), Scratch::default, |scratch, piece| {
         progress.check()?;
         let (i, first) = pieces[piece];
         let (a, b) = &pairs[i];
@@ -103,7 +103,7 @@ impl Scratch {
             }
             for (i, (x, y)) in x.chunks(RUN * size_a).zip(y.chunks(RUN * size_b)).enumerate() {
                 let (sides, at) = ([(a.dtype(), x), (b.dtype(), y)], at + i * RUN);
-                all.add(match sums::of_stored(sides, tolerance) {
+                all.add(match of_stored(sides, tolerance) {
                     Some(sums) => Sums { max_in: at, ..sums },
                     None => decoded(sides, at, tolerance, &mut self.singles, &mut self.doubles)?,
                 });
@@ -111,6 +111,15 @@ impl Scratch {
         }
         Ok(all)
     }
+}
+
+/// Of stored values, in one pass over their bytes: `None` where there is no such loop for the types or the processor,
+/// where their number does not suit it, and where they are not all finite.
+fn of_stored(sides: [(Dtype, &[u8]); 2], tolerance: Tolerance) -> Option<Sums> {
+    #[cfg(target_arch = "x86_64")]
+    return super::avx512::sums(sides, tolerance);
+    #[cfg(not(target_arch = "x86_64"))]
+    None
 }
 
 /// Integers and flags: a tolerance for weights means nothing to them.

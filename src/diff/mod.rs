@@ -1,9 +1,9 @@
 //! How two checkpoints differ: names, shapes, types, and the values of every tensor that both have.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod compare;
 mod sums;
-#[cfg(target_arch = "x86_64")]
-mod vectors;
 
 pub use compare::Difference;
 

@@ -1,7 +1,5 @@
 //! Sums over two runs of values from which their difference follows.
 
-use crate::checkpoint::Dtype;
-
 /// Two values are equal if `|a - b| <= atol + rtol * |b|`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tolerance {
@@ -61,15 +59,6 @@ pub(super) fn chunk<T: Copy + Into<f64>>(a: &[T], b: &[T], first: usize, toleran
     Sums { max_in: first, ..if finite { fast } else { careful(a, b, tolerance) } }
 }
 
-/// Of stored values, in one pass over their bytes: `None` where there is no such loop for the types or the processor,
-/// where their number does not suit it, and where they are not all finite.
-pub(super) fn of_stored(sides: [(Dtype, &[u8]); 2], tolerance: Tolerance) -> Option<Sums> {
-    #[cfg(target_arch = "x86_64")]
-    return super::vectors::sums(sides, tolerance);
-    #[cfg(not(target_arch = "x86_64"))]
-    None
-}
-
 fn careful<T: Copy + Into<f64>>(a: &[T], b: &[T], tolerance: Tolerance) -> Sums {
     let mut sums = Sums::default();
     for (&a, &b) in a.iter().zip(b) {
@@ -103,7 +92,7 @@ fn fast<T: Copy + Into<f64>>(a: &[T], b: &[T], tolerance: Tolerance) -> Sums {
 const LANES: usize = 32;
 
 /// Calls `step(i, a, b)` for every lane of every chunk; both slices hold whole chunks.
-macro_rules! lanes {
+macro_rules! for_each_lane {
     ($a:expr, $b:expr, |$i:ident, $x:ident, $y:ident| $step:block) => {
         for (a, b) in $a.as_chunks::<LANES>().0.iter().zip($b.as_chunks::<LANES>().0) {
             for $i in 0..LANES {
@@ -118,7 +107,7 @@ macro_rules! lanes {
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn norms<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> (f64, f64) {
     let (mut aa, mut bb) = ([0f64; LANES], [0f64; LANES]);
-    lanes!(a, b, |i, x, y| {
+    for_each_lane!(a, b, |i, x, y| {
         aa[i] += x * x;
         bb[i] += y * y;
     });
@@ -129,7 +118,7 @@ fn norms<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> (f64, f64) {
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn products<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> (f64, f64) {
     let (mut ab, mut dd) = ([0f64; LANES], [0f64; LANES]);
-    lanes!(a, b, |i, x, y| {
+    for_each_lane!(a, b, |i, x, y| {
         ab[i] += x * y;
         dd[i] += (x - y) * (x - y);
     });
@@ -140,7 +129,7 @@ fn products<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> (f64, f64) {
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma", "aarch64+neon"))]
 fn gaps<T: Copy + Into<f64>>(a: &[T], b: &[T], tolerance: Tolerance) -> (f64, u64) {
     let (mut max, mut beyond) = ([0f64; LANES], [0f64; LANES]);
-    lanes!(a, b, |i, x, y| {
+    for_each_lane!(a, b, |i, x, y| {
         let d = (x - y).abs();
         max[i] = if d > max[i] { d } else { max[i] };
         beyond[i] += if d > tolerance.at(y) { 1.0 } else { 0.0 };

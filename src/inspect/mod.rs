@@ -1,10 +1,10 @@
 //! What is in a checkpoint or an adapter: names, shapes, dtypes, sizes; on request the values' statistics.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod moments;
 pub mod stats;
 mod tree;
-#[cfg(target_arch = "x86_64")]
-mod vectors;
 
 pub use stats::Stats;
 pub use tree::Node;

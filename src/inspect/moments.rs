@@ -1,7 +1,5 @@
 //! Sums over values from which their statistics follow, combined piece by piece.
 
-use crate::checkpoint::Dtype;
-
 /// Sums of some elements, which combine in order.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Moments {
@@ -87,15 +85,6 @@ impl Moments {
             first_non_finite: self.first_non_finite.or(b.first_non_finite),
         }
     }
-}
-
-/// Of stored values, in one pass over their bytes: `None` where there is no such loop for them or the processor, where
-/// their number does not suit it, and where they are not all finite.
-pub(super) fn of_stored(dtype: Dtype, bytes: &[u8]) -> Option<Moments> {
-    #[cfg(target_arch = "x86_64")]
-    return super::vectors::moments(dtype, bytes);
-    #[cfg(not(target_arch = "x86_64"))]
-    None
 }
 
 /// f32 (holds every F16 and BF16) and f64.

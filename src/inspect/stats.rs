@@ -1,12 +1,12 @@
 //! Minimum, maximum, mean, standard deviation, zeros, NaN and infinities of tensors, in one pass over their bytes.
 
-use super::moments::{self, Moments};
+use super::moments::Moments;
 use crate::{
     checkpoint::{Dtype, READ, Reader, Tensor, dtype},
     delta::unravel,
     error::Result,
     progress::Progress,
-    threads,
+    work_queue,
 };
 use serde::Serialize;
 
@@ -42,8 +42,8 @@ const RUN: usize = 1 << 14;
 /// Elements that are decoded and summed together otherwise, in the first-level cache.
 const CHUNK: usize = 2048;
 
-/// Statistics of each tensor; `None` for types whose values cannot be read. All pieces of all tensors are spread over
-/// the threads, then combined in order, so that the result does not depend on the number of threads.
+/// Statistics of each tensor; `None` for types whose values cannot be read. The threads share all pieces of all
+/// tensors, which are combined in order, so that the result does not depend on the number of threads.
 pub(super) fn of(tensors: &[Tensor], progress: &Progress) -> Result<Vec<Option<Stats>>> {
     let known = |t: &Tensor| dtype::is_float(t.dtype()) || is_integer(t.dtype());
     let pieces: Vec<(usize, usize)> = tensors
@@ -53,7 +53,7 @@ pub(super) fn of(tensors: &[Tensor], progress: &Progress) -> Result<Vec<Option<S
         .flat_map(|(i, t)| (0..t.elements()).step_by(PIECE).map(move |first| (i, first)))
         .collect();
     let bar = progress.bytes("reading", tensors.iter().map(|t| t.bytes().len() as u64).sum());
-    let moments = threads::spread(pieces.len(), Scratch::default, |scratch, piece| {
+    let moments = work_queue::run_in_order(pieces.len(), Scratch::default, |scratch, piece| {
         progress.check()?;
         let (i, first) = pieces[piece];
         let count = PIECE.min(tensors[i].elements() - first);
@@ -86,7 +86,7 @@ impl Scratch {
         for at in (begin..end).step_by(READ) {
             let bytes = self.reader.read(tensor, at..end.min(at + READ))?;
             for (i, run) in bytes.chunks(RUN * size).enumerate() {
-                all = all.and(match moments::of_stored(dtype, run) {
+                all = all.and(match of_stored(dtype, run) {
                     Some(moments) => moments,
                     None => decoded(dtype, run, at / size + i * RUN, &mut self.single, &mut self.double)?,
                 });
@@ -94,6 +94,15 @@ impl Scratch {
         }
         Ok(all)
     }
+}
+
+/// Of stored values, in one pass over their bytes: `None` where there is no such loop for them or the processor, where
+/// their number does not suit it, and where they are not all finite.
+fn of_stored(dtype: Dtype, bytes: &[u8]) -> Option<Moments> {
+    #[cfg(target_arch = "x86_64")]
+    return super::avx512::moments(dtype, bytes);
+    #[cfg(not(target_arch = "x86_64"))]
+    None
 }
 
 fn decoded(dtype: Dtype, bytes: &[u8], first: usize, single: &mut Vec<f32>, double: &mut Vec<f64>) -> Result<Moments> {

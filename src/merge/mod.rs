@@ -29,13 +29,13 @@ pub use rounding::Rounding;
 
 use crate::{
     adapter::Adapter,
-    checkpoint::{Checkpoint, Dtype, Writer},
+    checkpoint::{Checkpoint, Dtype, Writer, dtype, roundings},
     collective::Job,
     error::{Error, Result},
     inputs::Inputs,
+    job_array::ArrayTask,
     ops::{CudaOptions, Products},
     progress::Progress,
-    shard::Shard,
     staged::{Holds, StagedDir, Target},
 };
 use device::Gpu;
@@ -104,7 +104,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
         companions::copy(folder, staged.path(), &plan.config)?;
     }
     let specs = plan.specs();
-    let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options))?;
+    let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options, &base, &plan)?)?;
     let measured = stream::run(&plan, options.rounding, gpu.as_ref(), &writer, progress)?;
     let files = Writer::files(&specs, options.max_shard_size);
     let mut report = result::report(options, &plan, gpu.as_ref(), &files, &measured);
@@ -116,7 +116,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
 
 /// Merges one job's share of the output's files into `OUT.parts/I-of-N/`, which is complete or absent. The report covers
 /// the tensors of these files. [`combine`] makes the output when all jobs are done.
-pub fn run_shard(options: &Options, shard: Shard, progress: &Progress) -> Result<MergeReport> {
+pub fn run_shard(options: &Options, shard: ArrayTask, progress: &Progress) -> Result<MergeReport> {
     options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
@@ -167,7 +167,7 @@ fn write_together(parts: &Path, options: &Options, job: &Job, progress: &Progres
     own.warnings.iter().for_each(|w| progress.warn(w));
     let gpu = open_gpu(options, progress)?;
     let ranks = job.ranks();
-    let shard = Shard { index: ranks.rank + 1, count: ranks.world_size };
+    let shard = ArrayTask { index: ranks.rank + 1, count: ranks.world_size };
     part::warn_of_few_files(&own, options, shard.count, progress);
     part::run(shard, parts, options, (&base, &adapters), own, gpu.as_ref(), &progress.bars_only())?;
     job.gather(&[])?;
@@ -196,8 +196,23 @@ fn open_adapters(paths: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {
     paths.iter().map(open).collect()
 }
 
+/// What the output's files say of themselves: where they come from, and how their weights were rounded.
+fn metadata(options: &Options, base: &Checkpoint, plan: &plan::Plan) -> Result<BTreeMap<String, String>> {
+    let mut metadata = origin(options);
+    let (kind, seed) = match options.rounding {
+        Rounding::Nearest => (roundings::Kind::Nearest, None),
+        Rounding::Stochastic { seed } => (roundings::Kind::Stochastic, Some(seed)),
+    };
+    // Of several types, the one with the fewest bits.
+    let changed = plan.outputs.iter().filter(|o| !o.is_copy()).map(|o| o.spec.dtype);
+    let coarsest =
+        changed.filter(|d| dtype::is_float(*d)).max_by(|a, b| dtype::ulp(*a, 1.0).total_cmp(&dtype::ulp(*b, 1.0)));
+    metadata.extend(roundings::metadata(&roundings::after_merge(base, kind, seed, coarsest)?));
+    Ok(metadata)
+}
+
 /// `format: pt` is what `transformers` insists on; the rest says where the file came from.
-fn metadata(options: &Options) -> BTreeMap<String, String> {
+fn origin(options: &Options) -> BTreeMap<String, String> {
     let name = |path: &Path| path.display().to_string();
     let adapters: Vec<String> = options.adapters.iter().map(|(p, w)| format!("{}={w}", name(p))).collect();
     let rounding = match options.rounding {

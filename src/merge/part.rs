@@ -6,7 +6,7 @@ use super::{
     apply::Sums,
     companions,
     device::{self, Gpu},
-    explain_losses, metadata,
+    explain_losses, metadata, origin,
     plan::Plan,
     result,
     rounding::Rounding,
@@ -17,8 +17,8 @@ use crate::{
     checkpoint::{Checkpoint, FileSpecs, Writer, read_text},
     error::{Error, Result},
     interrupt,
+    job_array::{self, ArrayTask},
     progress::Progress,
-    shard::{self, Shard},
     staged::{self, Holds, StagedDir, Target},
 };
 use serde::{Deserialize, Serialize};
@@ -68,7 +68,7 @@ pub(super) fn warn_of_few_files(plan: &Plan, options: &Options, count: usize, pr
 
 /// Writes the share of one job. The report covers its tensors only.
 pub(super) fn run(
-    shard: Shard,
+    shard: ArrayTask,
     parts: &Path,
     options: &Options,
     (base, adapters): (&Checkpoint, &[(Adapter, f64)]),
@@ -81,7 +81,7 @@ pub(super) fn run(
     let moved: HashMap<&str, u64> =
         plan.outputs.iter().map(|o| (o.spec.name.as_str(), o.bytes_read() + o.spec.bytes())).collect();
     let cost = |file: &FileSpecs| file.1.iter().map(|s| moved[s.name.as_str()] as f64).sum::<f64>();
-    let own = shard.own(&files.iter().map(cost).collect::<Vec<_>>());
+    let own = shard.owns(&files.iter().map(cost).collect::<Vec<_>>());
     let files: Vec<FileSpecs> = files.into_iter().zip(own).filter(|(_, own)| *own).map(|(file, _)| file).collect();
     let mine: HashSet<&str> = files.iter().flat_map(|(_, specs)| specs.iter().map(|s| s.name.as_str())).collect();
     let mut record = Record {
@@ -90,10 +90,11 @@ pub(super) fn run(
         files: Vec::new(),
         sums: HashMap::new(),
     };
+    let metadata = metadata(options, base, &plan)?;
     plan.outputs.retain(|o| mine.contains(o.spec.name.as_str()));
     let folder = parts.join(format!("{}-of-{}", shard.index, shard.count));
     let staged = StagedDir::create(Target::folder(&folder, Holds::Part, options.force, &options.inputs())?)?;
-    let writer = Writer::create_files(staged.path(), &files, &metadata(options))?;
+    let writer = Writer::create_files(staged.path(), &files, &metadata)?;
     let measured = stream::run(&plan, options.rounding, gpu, &writer, progress)?;
     let mut report = result::report(options, &plan, gpu, &files, &measured);
     explain_losses(&mut report, &plan, progress)?;
@@ -168,11 +169,11 @@ fn read_parts(
     adapters: &[(Adapter, f64)],
 ) -> Result<Vec<(PathBuf, Record)>> {
     let found = list_parts(folder)?;
-    let Some(&Shard { count, .. }) = found.first() else {
+    let Some(&ArrayTask { count, .. }) = found.first() else {
         return Err(Error::request(format!("there are no parts in '{}'", folder.display()))
             .help("write them with --shard I/N and the same options"));
     };
-    let name = |s: &Shard| format!("{}-of-{}", s.index, s.count);
+    let name = |s: &ArrayTask| format!("{}-of-{}", s.index, s.count);
     if let Some(other) = found.iter().find(|s| s.count != count) {
         return Err(Error::request(format!(
             "'{}' holds parts of different jobs: '{}' and '{}'",
@@ -187,7 +188,7 @@ fn read_parts(
     if missing > 0 {
         let there: HashSet<usize> = found.iter().map(|s| s.index).collect();
         let absent = (1..=count).filter(|index| !there.contains(index)).take(10);
-        let shown = absent.map(|index| Shard { index, count }.to_string()).collect::<Vec<_>>().join(", ");
+        let shown = absent.map(|index| ArrayTask { index, count }.to_string()).collect::<Vec<_>>().join(", ");
         return Err(Error::request(format!(
             "{missing} of {count} parts are missing in '{}': {shown}{}",
             folder.display(),
@@ -201,7 +202,7 @@ fn read_parts(
         files: Vec::new(),
         sums: HashMap::new(),
     };
-    let read = |shard: &Shard| {
+    let read = |shard: &ArrayTask| {
         let part = folder.join(name(shard));
         let path = part.join(RECORD);
         let bytes = read_text(&path)?;
@@ -213,13 +214,13 @@ fn read_parts(
     found.iter().map(read).collect()
 }
 
-fn list_parts(folder: &Path) -> Result<Vec<Shard>> {
+fn list_parts(folder: &Path) -> Result<Vec<ArrayTask>> {
     let entries = match fs::read_dir(folder) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(|e| Error::io("read", folder, e))?,
     };
-    let parse = |name: &str| name.replacen("-of-", "/", 1).parse::<Shard>().ok();
-    let mut found: Vec<Shard> = entries.filter_map(|entry| parse(entry.ok()?.file_name().to_str()?)).collect();
+    let parse = |name: &str| name.replacen("-of-", "/", 1).parse::<ArrayTask>().ok();
+    let mut found: Vec<ArrayTask> = entries.filter_map(|entry| parse(entry.ok()?.file_name().to_str()?)).collect();
     found.sort_by_key(|s| (s.count, s.index));
     Ok(found)
 }
@@ -254,7 +255,7 @@ fn check_same_merge(part: &Path, found: &Record, wanted: &Record) -> Result<()> 
 
 /// What must be the same in every job, by the names of the options.
 fn identity(options: &Options) -> BTreeMap<String, String> {
-    let mut identity = metadata(options);
+    let mut identity = origin(options);
     identity.insert("--dtype".into(), options.dtype.map_or("keep".into(), |d| format!("{d:?}").to_lowercase()));
     // Devices differ in the last digits, and which takes what depends on the threads.
     let device = options.gpu.as_ref().map_or("cpu".into(), |_| format!("cuda from rank {}", device::smallest_rank()));
@@ -271,7 +272,7 @@ fn digests(base: &Checkpoint, adapters: &[(Adapter, f64)]) -> Result<Vec<(PathBu
     let of_base = base.files().iter().map(|f| f.path().to_owned());
     let of_adapters = adapters.iter().flat_map(|(a, _)| [a.path().join(CONFIG_NAME), a.file().path().to_owned()]);
     let mut seen = HashSet::new();
-    let digest = |path: PathBuf| shard::digest(&path).map(|digest| (path, digest));
+    let digest = |path: PathBuf| job_array::digest(&path).map(|digest| (path, digest));
     of_base.chain(of_adapters).filter(|path| seen.insert(path.clone())).map(digest).collect()
 }
 

@@ -22,7 +22,7 @@ pub(super) const BLOCK: usize = 64;
 pub(super) const NESTED: usize = 256;
 
 /// The numbers of NF4 (QLoRA, appendix E).
-pub(super) const NF4: [f32; 16] = [
+pub const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,

@@ -1,7 +1,12 @@
 //! `spectrum`: matrices, module kinds, gates.
 
 use super::{Report, table::Table};
-use crate::spectrum::{Against, GateResult, Matrix, Reason, Spectrum, groups::Range, measures::METRICS};
+use crate::{
+    checkpoint::roundings::Kind,
+    spectrum::{
+        Against, GateResult, Matrix, Reason, Source, Spectrum, groups::Range, measures::METRICS, noise::known::Origin,
+    },
+};
 use serde::{Serialize, Serializer};
 use std::collections::BTreeSet;
 
@@ -40,6 +45,7 @@ impl Report for SpectrumReport<'_> {
 
     fn remarks(&self) -> Vec<String> {
         let mut remarks = skipped_remarks(self.spectrum);
+        remarks.extend(self.spectrum.sources.iter().filter_map(roundings_remark));
         remarks.extend(device_remark(self.spectrum));
         remarks.extend(self.spectrum.against.iter().flat_map(against_remarks));
         remarks.extend(self.spectrum.gates.iter().filter(|g| !g.passed).map(offenders));
@@ -50,7 +56,31 @@ impl Report for SpectrumReport<'_> {
     }
 }
 
-/// What a GPU took, where one was asked for.
+/// How often the weights of a source were rounded, where that had to be assumed or matters for reading its ranks.
+pub(super) fn roundings_remark(source: &Source) -> Option<String> {
+    let roundings = source.roundings.as_ref()?;
+    let kinds: Vec<&str> = roundings.kinds.iter().map(|kind| kind_words(*kind)).collect();
+    let (label, count, kinds) = (&source.label, plural(roundings.count as usize, "rounding"), kinds.join(", then "));
+    match roundings.origin {
+        Origin::Assumed => Some(format!(
+            "noise edge of '{label}': 1 rounding is assumed, since its files do not say how often it was rounded; pass --roundings K"
+        )),
+        Origin::Option => Some(format!("noise edge of '{label}': {count} {kinds} (--roundings)")),
+        Origin::Metadata => Some(format!("noise edge of '{label}': {count} {kinds} (its metadata)")),
+        Origin::Manifest => Some(format!("noise edge of '{label}': {count} {kinds} (the run's manifest)")),
+    }
+}
+
+fn kind_words(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Nearest => "to nearest",
+        Kind::Stochastic => "at random (stochastic)",
+        Kind::Nf4 => "to NF4",
+        Kind::Int8 => "to int8",
+    }
+}
+
+/// What a GPU computed, where one was named.
 fn device_remark(s: &Spectrum) -> Option<String> {
     let asked = s.matrices.iter().filter(|m| m.device.is_some()).count();
     let gpus: BTreeSet<&str> = s.matrices.iter().filter_map(|m| m.device.as_deref()).filter(|d| *d != "cpu").collect();
@@ -198,10 +228,18 @@ pub(super) fn range(r: Range) -> String {
 fn gate_table(gates: &[GateResult]) -> Table {
     let mut table = Table::new("Gates", &["gate", "source", "satisfied", "verdict"]);
     for g in gates {
-        let satisfied = format!("{} of {}", g.satisfied, g.matrices);
+        let satisfied = satisfied(g);
         table.row(vec![g.gate.clone(), g.label.clone(), satisfied, if g.passed { "holds" } else { "FAILS" }.into()]);
     }
     table
+}
+
+/// `9 of 12`, and how many of these were not measured.
+pub(super) fn satisfied(gate: &GateResult) -> String {
+    match gate.not_measured {
+        0 => format!("{} of {}", gate.satisfied, gate.matrices),
+        n => format!("{} of {} ({n} not measured)", gate.satisfied, gate.matrices),
+    }
 }
 
 /// `gate '..' fails for 'run': worst: q_proj 8 (limit 16), ...`
@@ -211,20 +249,29 @@ fn offenders(gate: &GateResult) -> String {
         .iter()
         .map(|o| format!("{} has {} against {}", o.name, optional(o.value), number(o.limit)))
         .collect();
-    let of = match gate.matrices - gate.satisfied {
+    let of = match gate.matrices - gate.satisfied - gate.not_measured {
         missing if missing > worst.len() => format!(" (the worst of {missing})"),
         _ => String::new(),
     };
-    let list = if worst.is_empty() { "no matrix was measured".into() } else { worst.join("; ") };
-    format!("gate '{}' fails for '{}': {list}{of}", gate.gate, gate.label)
+    let mut reasons = Vec::new();
+    reasons.extend((!worst.is_empty()).then(|| worst.join("; ") + &of));
+    if let Some(first) = gate.not_measured_names.first() {
+        let were = if gate.not_measured == 1 { "1 weight was" } else { &format!("{} weights were", gate.not_measured) };
+        reasons.push(format!("{were} not measured (first: {first}), which satisfies no gate"));
+    }
+    format!("gate '{}' fails for '{}': {}", gate.gate, gate.label, reasons.join("; "))
 }
 
 fn verdict(gates: &[GateResult]) -> Option<String> {
     let failed = gates.iter().filter(|g| !g.passed).count();
+    let unmeasured = match gates.iter().map(|g| g.not_measured).max() {
+        Some(n) if n > 0 => format!("; {} not measured", plural(n, "weight")),
+        _ => String::new(),
+    };
     match (gates.len(), failed) {
         (0, _) => None,
-        (n, 0) => Some(format!("verdict: {} held", plural(n, "gate"))),
-        (n, failed) => Some(format!("verdict: {failed} of {} failed", plural(n, "gate"))),
+        (n, 0) => Some(format!("verdict: {} held{unmeasured}", plural(n, "gate"))),
+        (n, failed) => Some(format!("verdict: {failed} of {} failed{unmeasured}", plural(n, "gate"))),
     }
 }
 
@@ -232,6 +279,7 @@ fn skipped_remarks(s: &Spectrum) -> Vec<String> {
     let reasons = [
         (Reason::NotAMatrix, "not a matrix"),
         (Reason::NotFloatingPoint, "not floating point"),
+        (Reason::UnreadableType, "of a floating-point type that is not read"),
         (Reason::OneSideOnly, "on one side only"),
         (Reason::NonFinite, "NaN or infinite"),
         (Reason::NotLowRank, "stored in full"),

@@ -67,7 +67,7 @@ pub fn read(path: &Path) -> Result<Spectrum> {
             part.index,
             part.count
         ))
-        .help("join all parts with --combine first"));
+        .help("join all parts with --join first"));
     }
     Ok(spectrum)
 }

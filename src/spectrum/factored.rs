@@ -7,7 +7,7 @@
 
 use super::{
     measures::BELOW,
-    svd::{self, Sigma, Way},
+    svd::{self, Sigma, SvdOptions},
 };
 use crate::{
     delta::LowRank,
@@ -26,9 +26,9 @@ pub struct CycleValues {
     pub cumulative: Sigma,
 }
 
-/// Singular values of every cycle and of every partial sum of `deltas`, which have one shape. `way` and `tolerance`
+/// Singular values of every cycle and of every partial sum of `deltas`, which have one shape. `options` and `tolerance`
 /// as for [`svd::streamed`]; they matter where the ranks add up to more than a few hundred.
-pub fn singular_values(deltas: &[LowRank<f64>], way: Way, tolerance: f64) -> Result<Vec<CycleValues>> {
+pub fn singular_values(deltas: &[LowRank<f64>], options: SvdOptions, tolerance: f64) -> Result<Vec<CycleValues>> {
     let Some(first) = deltas.first() else { return Ok(Vec::new()) };
     let (m, n) = first.shape();
     let lefts: Vec<Array2<f64>> = deltas.iter().map(|d| &d.left * d.scaling).collect();
@@ -44,7 +44,7 @@ pub fn singular_values(deltas: &[LowRank<f64>], way: Way, tolerance: f64) -> Res
         let begin = end;
         end += delta.r();
         let block = |t: &Array2<f64>| triangle(t.slice(s![..t.nrows().min(end), begin..end]).to_owned());
-        let core = |u: ArrayView2<f64>, v: ArrayView2<f64>| core(u, v, m.min(n), way, tolerance);
+        let core = |u: ArrayView2<f64>, v: ArrayView2<f64>| core(u, v, m.min(n), options, tolerance);
         let own = core(block(&u)?.view(), block(&v)?.view())?;
         let leading = |t: &Array2<f64>| t.slice(s![..t.nrows().min(end), ..end]).to_owned();
         let cumulative = if begin == 0 { own.clone() } else { core(leading(&u).view(), leading(&v).view())? };
@@ -54,13 +54,13 @@ pub fn singular_values(deltas: &[LowRank<f64>], way: Way, tolerance: f64) -> Res
 }
 
 /// Singular values of `u vᵀ`, padded with the exact zeros that make them `count`.
-fn core(u: ArrayView2<f64>, v: ArrayView2<f64>, count: usize, way: Way, tolerance: f64) -> Result<Sigma> {
+fn core(u: ArrayView2<f64>, v: ArrayView2<f64>, count: usize, options: SvdOptions, tolerance: f64) -> Result<Sigma> {
     let product = u.dot(&v.t());
     let block = |rows: Range<usize>, columns: Range<usize>, out: &mut [f64]| {
         out.iter_mut().zip(product.slice(s![rows, columns])).for_each(|(o, x)| *o = *x);
         Ok(Ok::<(), Infallible>(()))
     };
-    let Ok(mut sigma) = svd::streamed(product.dim(), way, tolerance, BELOW, block)?;
+    let Ok(mut sigma) = svd::streamed(product.dim(), options, tolerance, BELOW, block)?;
     sigma.values.resize(count, 0.0);
     Ok(sigma)
 }
@@ -109,7 +109,9 @@ mod tests {
                 })
                 .collect();
             let mut sum = Array2::zeros((m, n));
-            for (delta, found) in deltas.iter().zip(singular_values(&deltas, Way::cpu(Method::Auto), 1e-5).unwrap()) {
+            for (delta, found) in
+                deltas.iter().zip(singular_values(&deltas, SvdOptions::cpu(Method::Auto), 1e-5).unwrap())
+            {
                 let own = delta.dense();
                 sum += &own;
                 for (dense, values) in [(own, &found.own.values), (sum.clone(), &found.cumulative.values)] {
@@ -129,6 +131,9 @@ mod tests {
     #[test]
     fn a_zero_delta_has_zero_values() {
         let delta = LowRank { left: Array2::zeros((5, 2)), right: random(1, 2, 4), scaling: 2.0 };
-        assert_eq!(singular_values(&[delta], Way::cpu(Method::Auto), 1e-5).unwrap()[0].cumulative.values, [0.0; 4]);
+        assert_eq!(
+            singular_values(&[delta], SvdOptions::cpu(Method::Auto), 1e-5).unwrap()[0].cumulative.values,
+            [0.0; 4]
+        );
     }
 }

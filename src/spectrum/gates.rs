@@ -2,9 +2,12 @@
 //!
 //! `rank_above_noise > 2*r for 90% on *self_attn*` holds when at least 90% of the matrices whose names match the glob
 //! have a `rank_above_noise` above twice the rank of the adapter they come from. A metric that is undefined for a
-//! matrix (the ratios of a zero delta) never satisfies a comparison.
+//! matrix (the ratios of a zero delta) never satisfies a comparison, and neither does a weight that was not measured.
 
-use super::measures::{METRICS, Measures, Metric};
+use super::{
+    Reason, Skipped,
+    measures::{METRICS, Measures, Metric},
+};
 use crate::error::{Error, Result};
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
@@ -67,20 +70,9 @@ enum Quantifier {
     Percent(f64),
 }
 
-/// A weight that gates may ask about, before it is measured.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Asked<'a> {
-    pub label: &'a str,
-    pub name: &'a str,
-    /// Whether it has an adapter's rank to compare with.
-    pub ranked: bool,
-}
-
 /// One matrix as gates see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate<'a> {
-    /// Source.
-    pub label: &'a str,
     /// Tensor.
     pub name: &'a str,
     /// Rank of the adapter, if the source has one.
@@ -98,10 +90,16 @@ pub struct GateResult {
     pub label: String,
     /// The verdict.
     pub passed: bool,
-    /// Matrices looked at.
+    /// Matrices that the gate is about, measured or not.
     pub matrices: usize,
     /// How many of them satisfy the comparison.
     pub satisfied: usize,
+    /// How many of them were not measured, which never satisfies it.
+    #[serde(default)]
+    pub not_measured: usize,
+    /// The first of these, by name; at most [`MAX_OFFENDERS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_measured_names: Vec<String>,
     /// The matrices that miss it by most, worst first; at most [`MAX_OFFENDERS`].
     pub offenders: Vec<Offender>,
 }
@@ -139,13 +137,25 @@ impl Gate {
         matches!(self.value, Value::TimesRank(_))
     }
 
-    /// Whether the gate asks about this tensor.
+    /// Whether the verdict depends on the noise edge.
+    pub fn needs_noise_edge(&self) -> bool {
+        ["noise_edge", "rank_above_noise"].contains(&self.metric.name)
+    }
+
+    /// Whether the gate is about this tensor, which was not measured. What an adapter stores in full has no rank `r` that it
+    /// could be compared with.
+    pub(super) fn names(&self, skipped: &Skipped) -> bool {
+        let comparable = !(self.needs_rank() && skipped.reason == Reason::NotLowRank);
+        skipped.weight && comparable && self.covers(&skipped.name)
+    }
+
+    /// Whether the gate is about this tensor.
     pub fn covers(&self, name: &str) -> bool {
         self.on.as_ref().is_none_or(|glob| glob.is_match(name))
     }
 
-    /// The verdict on the candidates of one source (those it [covers](Gate::covers)).
-    pub fn judge(&self, label: &str, candidates: &[Candidate]) -> Result<GateResult> {
+    /// The verdict on the candidates of one source (those it [covers](Gate::covers)), of which `unmeasured` more exist.
+    pub fn judge(&self, label: &str, candidates: &[Candidate], unmeasured: &[&str]) -> Result<GateResult> {
         let mut margins = Vec::new();
         let mut offenders = Vec::new();
         for c in candidates.iter().filter(|c| self.covers(c.name)) {
@@ -160,19 +170,34 @@ impl Gate {
                 offenders.push(Offender { name: c.name.to_owned(), value, limit });
             }
         }
-        let (matrices, satisfied) = (margins.len(), margins.len() - offenders.len());
+        let satisfied = margins.len() - offenders.len();
+        let matrices = margins.len() + unmeasured.len();
+        margins.extend(unmeasured.iter().map(|_| None));
         let passed = match self.quantifier {
             _ if matrices == 0 => false,
             Quantifier::All => satisfied == matrices,
             Quantifier::Any => satisfied > 0,
             // Compared as integers would be: 90% of 10 is 9, without rounding trouble.
             Quantifier::Percent(p) => satisfied as f64 * 100.0 >= p * matrices as f64 * (1.0 - 1e-12),
-            Quantifier::Median => median(margins).is_some_and(|m| self.compare.holds(m, 0.0)),
+            // Whatever the undefined values are: as if they were all very small, and as if they were all very large.
+            Quantifier::Median => [f64::NEG_INFINITY, f64::INFINITY]
+                .into_iter()
+                .all(|undefined| self.compare.holds(median(&margins, undefined), 0.0)),
         };
         let miss = |o: &Offender| o.value.map_or(f64::INFINITY, |v| (v - o.limit).abs());
         offenders.sort_by(|a, b| miss(b).total_cmp(&miss(a)).then_with(|| a.name.cmp(&b.name)));
         offenders.truncate(MAX_OFFENDERS);
-        Ok(GateResult { gate: self.text.clone(), label: label.to_owned(), passed, matrices, satisfied, offenders })
+        let names = unmeasured.iter().take(MAX_OFFENDERS);
+        Ok(GateResult {
+            gate: self.text.clone(),
+            label: label.to_owned(),
+            passed,
+            matrices,
+            satisfied,
+            not_measured: unmeasured.len(),
+            not_measured_names: names.map(|name| (*name).to_owned()).collect(),
+            offenders,
+        })
     }
 
     /// The error for a gate with `r` over a source without one.
@@ -187,15 +212,16 @@ impl Gate {
     /// The error for a gate that asks about nothing.
     pub fn no_match(&self, label: &str) -> Error {
         Error::request(format!("gate '{}' matches no matrix of source '{label}'", self.text))
-            .help("a gate over nothing would hold by accident; check its glob and --filter")
+            .help("check its glob, which matches whole tensor names, and --filter")
     }
 }
 
-/// The median; `None` for nothing, or where the middle is undefined (undefined values sort first).
-fn median(mut values: Vec<Option<f64>>) -> Option<f64> {
-    values.sort_by(|a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal));
+/// The median, with `undefined` in the place of undefined values. There is at least one value.
+fn median(values: &[Option<f64>], undefined: f64) -> f64 {
+    let mut values: Vec<f64> = values.iter().map(|value| value.unwrap_or(undefined)).collect();
+    values.sort_by(f64::total_cmp);
     let n = values.len();
-    if n == 0 { None } else { Some((values[(n - 1) / 2]? + values[n / 2]?) / 2.0) }
+    (values[(n - 1) / 2] + values[n / 2]) / 2.0
 }
 
 struct Cursor<'a> {
@@ -289,11 +315,12 @@ fn parse_quantifier(c: &mut Cursor) -> std::result::Result<Quantifier, String> {
     }
     let before = c.at;
     match c.number() {
-        Some(p) if (0.0..=100.0).contains(&p) && c.take("%") => Ok(Quantifier::Percent(p)),
+        // 0% would hold whatever the matrices are.
+        Some(p) if p > 0.0 && p <= 100.0 && c.take("%") => Ok(Quantifier::Percent(p)),
         _ => {
             c.at = before;
             c.rest();
-            Err("all, any, median or a percentage from 0% to 100%".into())
+            Err("all, any, median or a percentage above 0% and up to 100%".into())
         }
     }
 }
@@ -309,10 +336,9 @@ mod tests {
     fn verdict(gate: &str, ranks: &[usize]) -> GateResult {
         let all: Vec<Measures> = ranks.iter().map(|&r| measures(r)).collect();
         let names: Vec<String> = (0..ranks.len()).map(|i| format!("layers.{i}.q_proj.weight")).collect();
-        let candidates: Vec<Candidate> = (all.iter().zip(&names))
-            .map(|(measures, name)| Candidate { label: "x", name, r: Some(4), measures })
-            .collect();
-        Gate::parse(gate).unwrap().judge("x", &candidates).unwrap()
+        let candidates: Vec<Candidate> =
+            (all.iter().zip(&names)).map(|(measures, name)| Candidate { name, r: Some(4), measures }).collect();
+        Gate::parse(gate).unwrap().judge("x", &candidates, &[]).unwrap()
     }
 
     #[test]
@@ -344,6 +370,32 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_measured_satisfies_no_gate() {
+        let m = measures(9);
+        let candidates: Vec<Candidate> = (0..9).map(|_| Candidate { name: "w", r: Some(4), measures: &m }).collect();
+        let judge = |gate: &str, unmeasured: &[&str]| Gate::parse(gate).unwrap().judge("x", &candidates, unmeasured);
+        for (gate, one_is_enough) in [
+            ("numerical_rank > 8", true),
+            ("numerical_rank > 8 for 95%", true),
+            ("numerical_rank > 8 for 90%", false),
+            ("numerical_rank > 8 for any", false),
+            ("numerical_rank < 10", true),
+        ] {
+            assert!(judge(gate, &[]).unwrap().passed, "{gate}");
+            let result = judge(gate, &["a"]).unwrap();
+            assert_eq!((result.passed, result.matrices, result.not_measured), (!one_is_enough, 10, 1), "{gate}");
+        }
+        // Half of the values are unknown: so is the median, in both directions.
+        let many = ["a"; 9];
+        for gate in
+            ["numerical_rank > 8 for median", "numerical_rank < 10 for median", "numerical_rank == 9 for median"]
+        {
+            assert!(judge(gate, &many[..8]).unwrap().passed && !judge(gate, &many).unwrap().passed, "{gate}");
+        }
+        assert!(!judge("numerical_rank > 8 for any on other*", &["a"]).unwrap().passed);
+    }
+
+    #[test]
     fn the_caret_shows_where_a_gate_does_not_parse() {
         for (text, column, expected) in [
             ("rank > 3", 0, "a metric (spectral_norm"),
@@ -352,6 +404,7 @@ mod tests {
             ("numerical_rank > 2*q", 19, "'r' after '*'"),
             ("numerical_rank > 2 for most", 23, "all, any, median"),
             ("numerical_rank > 2 for 101%", 23, "all, any"),
+            ("numerical_rank > 2 for 0%", 23, "all, any"),
             ("numerical_rank > 2 on", 21, "a glob over tensor names"),
             ("numerical_rank > 2 on a[", 22, "a glob"),
             ("numerical_rank > 2 on a b", 24, "the end"),
@@ -368,8 +421,8 @@ mod tests {
     #[test]
     fn a_rank_multiple_without_a_rank_is_refused() {
         let m = measures(3);
-        let candidates = [Candidate { label: "x", name: "w", r: None, measures: &m }];
-        let error = Gate::parse("numerical_rank > r").unwrap().judge("x", &candidates).unwrap_err();
+        let candidates = [Candidate { name: "w", r: None, measures: &m }];
+        let error = Gate::parse("numerical_rank > r").unwrap().judge("x", &candidates, &[]).unwrap_err();
         assert!(error.help.unwrap().contains("--rank"));
     }
 }

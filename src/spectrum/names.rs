@@ -4,16 +4,16 @@ use std::collections::HashMap;
 
 /// Layer and module kind of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct ModuleId {
     /// The first number in the name, if there is one.
     pub layer: Option<usize>,
     /// `q_proj`, `embed_tokens`, ...: the module's own name, as in PEFT's `target_modules`.
     pub module: String,
 }
 
-/// Places of the given tensors. Where two modules of one layer share a name (GPT-2's `c_proj`, the experts of a
+/// Layers and kinds of the given tensors. Where two modules of one layer share a name (GPT-2's `c_proj`, the experts of a
 /// mixture), their kind is the whole path below the layer, numbers replaced by `*`: `attn.c_proj`, `experts.*.w1`.
-pub fn places<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<Place> {
+pub fn module_ids<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<ModuleId> {
     let mut uses: HashMap<(Option<usize>, &str), usize> = HashMap::new();
     for parts in names.clone().map(split) {
         *uses.entry((parts.layer, parts.short)).or_default() += 1;
@@ -28,7 +28,7 @@ pub fn places<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<Place> {
             } else {
                 parts.short.to_owned()
             };
-            Place { layer: parts.layer, module }
+            ModuleId { layer: parts.layer, module }
         })
         .collect()
 }
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     fn kinds(names: &[&str]) -> Vec<(Option<usize>, String)> {
-        places(names.iter().copied()).into_iter().map(|p| (p.layer, p.module)).collect()
+        module_ids(names.iter().copied()).into_iter().map(|p| (p.layer, p.module)).collect()
     }
 
     #[test]

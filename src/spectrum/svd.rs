@@ -28,9 +28,9 @@ pub const SMALL: usize = 256;
 /// Rows, or columns, of a panel: wide enough for the product to run at full speed.
 pub const PANEL: usize = 256;
 
-/// How, and on what, the singular values of a matrix are computed.
+/// How, and on what device, the singular values of a matrix are computed.
 #[derive(Clone, Copy)]
-pub struct Way<'a> {
+pub struct SvdOptions<'a> {
     /// Gram matrix or SVD.
     pub method: Method,
     /// Up to this `min(m, n)` the SVD is taken ([`SMALL`]).
@@ -48,10 +48,10 @@ pub struct Sigma {
     pub on_gpu: bool,
 }
 
-impl Way<'_> {
+impl SvdOptions<'_> {
     /// On the CPU.
-    pub fn cpu(method: Method) -> Way<'static> {
-        Way { method, small: SMALL, gpu: None }
+    pub fn cpu(method: Method) -> SvdOptions<'static> {
+        SvdOptions { method, small: SMALL, gpu: None }
     }
 
     /// Whether the Gram matrix serves a matrix of this shape, when values down to `tolerance * s1` count.
@@ -66,14 +66,14 @@ impl Way<'_> {
 /// stops the whole with an `E`. `below` is an absolute size that values are compared with, too (0.1).
 pub fn streamed<E>(
     shape: (usize, usize),
-    way: Way,
+    options: SvdOptions,
     tolerance: f64,
     below: f64,
     mut block: impl FnMut(Range<usize>, Range<usize>, &mut [f64]) -> Result<std::result::Result<(), E>>,
 ) -> Result<std::result::Result<Sigma, E>> {
     let (m, n) = shape;
-    if way.takes_gram(shape, tolerance) {
-        let mut gram = Gram::new(shape, way.gpu)?;
+    if options.takes_gram(shape, tolerance) {
+        let mut gram = Gram::new(shape, options.gpu)?;
         let (length, other) = if gram.side() == Side::Columns { shape } else { (n, m) };
         let mut panel = vec![0.0; PANEL.min(length) * other];
         for first in (0..length).step_by(PANEL) {
@@ -89,7 +89,7 @@ pub fn streamed<E>(
         if let Some(values) = gram.singular_values()?
             && values.first().is_none_or(|s1| below > 10.0 * gram::relative_floor(shape) * s1)
         {
-            return Ok(Ok(Sigma { values, on_gpu: way.gpu.is_some() }));
+            return Ok(Ok(Sigma { values, on_gpu: options.gpu.is_some() }));
         }
     }
     let mut matrix = vec![0.0; m * n];
@@ -151,14 +151,14 @@ mod tests {
 
     fn by_gram(matrix: &Array2<f64>) -> Vec<f64> {
         let shape = matrix.dim();
-        assert!(Way::cpu(Method::Auto).takes_gram(shape, super::super::measures::default_tolerance(shape)));
+        assert!(SvdOptions::cpu(Method::Auto).takes_gram(shape, super::super::measures::default_tolerance(shape)));
         let block = |rows: Range<usize>, columns: Range<usize>, out: &mut [f64]| {
             // The dense path asks for everything at once: it must not be needed here.
             assert!(rows.len() < shape.0 || columns.len() < shape.1, "fell back to the dense path");
             out.iter_mut().zip(matrix.slice(s![rows, columns])).for_each(|(o, x)| *o = *x);
             Ok(Ok::<(), ()>(()))
         };
-        streamed(shape, Way::cpu(Method::Auto), 1e-5, f64::MAX, block).unwrap().unwrap().values
+        streamed(shape, SvdOptions::cpu(Method::Auto), 1e-5, f64::MAX, block).unwrap().unwrap().values
     }
 
     /// Both paths against the values the matrix was made with: spread, graded, deficient, clustered, huge and tiny.
@@ -188,9 +188,9 @@ mod tests {
 
     #[test]
     fn what_the_gram_path_cannot_resolve_takes_the_dense_one() {
-        assert!(!Way::cpu(Method::Auto).takes_gram((300, 300), 1e-9), "a tolerance below the floor");
-        assert!(!Way::cpu(Method::Auto).takes_gram((100, 5000), 1e-3), "a small matrix");
-        assert!(!Way::cpu(Method::Dense).takes_gram((3000, 3000), 1e-3), "on request");
+        assert!(!SvdOptions::cpu(Method::Auto).takes_gram((300, 300), 1e-9), "a tolerance below the floor");
+        assert!(!SvdOptions::cpu(Method::Auto).takes_gram((100, 5000), 1e-3), "a small matrix");
+        assert!(!SvdOptions::cpu(Method::Dense).takes_gram((3000, 3000), 1e-3), "on request");
         // 0.1 lies below the floor of a huge matrix, squares overflow in an astronomic one.
         for scale in [1e9, 1e200] {
             let values: Vec<f64> = (0..300).map(|i| scale / (1.0 + i as f64)).collect();
@@ -201,7 +201,7 @@ mod tests {
                 out.iter_mut().zip(matrix.slice(s![rows, columns])).for_each(|(o, x)| *o = *x);
                 Ok(Ok::<(), ()>(()))
             };
-            let found = streamed((300, 310), Way::cpu(Method::Auto), 1e-5, 0.1, block).unwrap().unwrap().values;
+            let found = streamed((300, 310), SvdOptions::cpu(Method::Auto), 1e-5, 0.1, block).unwrap().unwrap().values;
             assert!(dense);
             assert!(found.iter().zip(&values).all(|(a, b)| (a - b).abs() <= 1e-12 * scale));
         }

@@ -8,6 +8,7 @@ use super::{
 use crate::{
     collective::Collective,
     error::Result,
+    job_array,
     model::{Model, Param, ParamKind},
     ops::{AdamW, Device},
 };
@@ -134,13 +135,8 @@ fn owners(shapes: &[(ParamKind, usize)], count: usize) -> Vec<usize> {
     let trained = |kind: ParamKind| !lora || kind != ParamKind::Linear;
     let mut order: Vec<usize> = (0..shapes.len()).filter(|&i| trained(shapes[i].0)).collect();
     order.sort_by_key(|&i| (group(shapes[i].0), std::cmp::Reverse(shapes[i].1)));
-    let (mut owners, mut loads) = (vec![0; shapes.len()], vec![0; count]);
-    for i in order {
-        let least = (0..count).min_by_key(|&process| loads[process]).unwrap_or(0);
-        owners[i] = least;
-        loads[least] += shapes[i].1;
-    }
-    owners
+    let lengths: Vec<f64> = shapes.iter().map(|shape| shape.1 as f64).collect();
+    job_array::assign(order, &lengths, count)
 }
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use super::{
     trainer::{Trainer, Update, UpdateOutcome},
 };
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{
+        Checkpoint,
+        roundings::{self, Step},
+    },
     collective::Collective,
     error::{Error, Result},
     inputs::Inputs,
@@ -364,7 +367,7 @@ impl<D: Device> Session<D> {
 
     fn save_base(&mut self) -> Result<()> {
         let staged = StagedDir::own(&self.dir.base_path())?;
-        state::save_model(&self.trainer.model, self.trainer.config().train.dtype, staged.path())?;
+        state::save_model(&self.trainer.model, self.trainer.config().train.dtype, &[], staged.path())?;
         companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         staged.commit()?;
         let files = sha256_folder(&self.dir.base_path())?;
@@ -422,6 +425,22 @@ impl<D: Device> Session<D> {
         self.write_manifest()
     }
 
+    /// How the weights were rounded since `run/base`; nothing before there is one.
+    fn roundings(&self) -> Result<Vec<Step>> {
+        if self.manifest.base.is_none() {
+            return Ok(Vec::new());
+        }
+        let base = roundings::fingerprint(&Checkpoint::open(&self.dir.base_path())?)?;
+        let names = self.trainer.model.params().iter().filter_map(|p| p.name.strip_suffix(".lora_A.weight"));
+        let mut modules: Vec<String> = names.filter_map(|name| name.rsplit('.').next()).map(str::to_owned).collect();
+        modules.sort_unstable();
+        modules.dedup();
+        if modules.is_empty() {
+            modules = self.dir.trained_modules(&self.manifest);
+        }
+        Ok(self.manifest.roundings(base, None, self.trainer.step, modules).unwrap_or_default())
+    }
+
     fn save_checkpoint(&mut self) -> Result<()> {
         if !self.leads() {
             return state::send_moments(&self.trainer);
@@ -430,7 +449,7 @@ impl<D: Device> Session<D> {
         let folder = RunDir::checkpoint_folder(step);
         let path = self.dir.0.join(&folder);
         let staged = StagedDir::own(&path)?;
-        state::save_checkpoint(&self.trainer, staged.path())?;
+        state::save_checkpoint(&self.trainer, &self.roundings()?, staged.path())?;
         companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         let files = state::seal(staged.path())?;
         staged.commit()?;

@@ -12,7 +12,10 @@
 use super::{config::WeightDtype, optim::Moments, quantised, trainer::Trainer};
 use crate::{
     adapter::{AdapterConfig, CYCLE_KEY, FullTensor, NewModule, save_with},
-    checkpoint::{Checkpoint, Dtype, HEAD_NAME, TensorFile, TensorSpec, Writer},
+    checkpoint::{
+        Checkpoint, Dtype, HEAD_NAME, TensorFile, TensorSpec, Writer,
+        roundings::{self, Step},
+    },
     error::{Error, Result},
     model::{Model, Param, ParamKind, Store},
     ops::Device,
@@ -45,12 +48,16 @@ struct Counters {
 }
 
 /// Writes the model as a Hugging Face folder, the current delta merged.
-pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, folder: &Path) -> Result<()> {
+/// `roundings`: how its weights were rounded since which checkpoint, which goes into the metadata.
+pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, roundings: &[Step], folder: &Path) -> Result<()> {
     let dtype_name = if dtype == WeightDtype::Bf16 { "bfloat16" } else { "float32" };
     let stored = || model.params().iter().filter(|p| !p.kind.is_lora());
     let spec = |p: &Param<D>| TensorSpec { name: p.name.clone(), dtype: kept_as(p, dtype), shape: p.shape.clone() };
     let specs: Vec<TensorSpec> = stored().map(spec).collect();
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    if !roundings.is_empty() {
+        metadata.extend(roundings::metadata(roundings));
+    }
     let writer = Writer::create(folder, &specs, 5_000_000_000, &metadata)?;
     for param in stored() {
         let mut values = param.values(model.device());
@@ -132,9 +139,9 @@ pub fn save_cycle<D: Device>(model: &Model<D>, cycle: u64, base: &Path, folder: 
 
 /// Writes a checkpoint into `folder`, which exists and is staged. Where several processes share out the moments, the others
 /// call [`send_moments`] meanwhile.
-pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, folder: &Path) -> Result<()> {
+pub fn save_checkpoint<D: Device>(trainer: &Trainer<D>, roundings: &[Step], folder: &Path) -> Result<()> {
     let model = &trainer.model;
-    save_model(model, trainer.config().train.dtype, folder)?;
+    save_model(model, trainer.config().train.dtype, roundings, folder)?;
     let folder = folder.join(STATE_FOLDER);
     fs::create_dir(&folder).map_err(|e| Error::io("create", &folder, e))?;
     let counters = Counters {

@@ -8,9 +8,9 @@ use crate::{
     run::{Manifest, RunDir},
     spectrum::{
         factored,
-        schedule::{self, Budget, Need},
-        svd::{Method, Way},
+        svd::{Method, SvdOptions},
     },
+    work_queue::{self, Budget, Need},
 };
 
 /// Numbers, folders and steps of the cycles, and the updates of `metrics.jsonl`.
@@ -106,18 +106,21 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
         return Ok(findings);
     }
     let bar = progress.count("ranks", count as u64);
-    let need = |job: &(String, usize, LoraModule, bool)| {
-        let cost = (job.2.a.elements() + job.2.b.elements()) as f64;
+    let need = |(_, _, module, _): &(String, usize, LoraModule, bool)| {
+        let cost = (module.a.elements() + module.b.elements()) as f64;
         Need { cost, ..Need::default() }
     };
-    let ranks = schedule::run(
-        &factors,
+    let needs: Vec<Need> = factors.iter().map(need).collect();
+    let ranks = work_queue::run(
+        &needs,
         Budget::NONE,
-        need,
-        |(_, _, module, fan_in_fan_out)| {
+        || (),
+        |(), i| {
+            bar.inc(1);
+            let (_, _, module, fan_in_fan_out) = &factors[i];
             let delta = module.low_rank(*fan_in_fan_out)?;
             let (m, n) = delta.shape();
-            let sigma = factored::singular_values(&[delta], Way::cpu(Method::Dense), 0.0)?
+            let sigma = factored::singular_values(&[delta], SvdOptions::cpu(Method::Dense), 0.0)?
                 .pop()
                 .map(|v| v.own.values)
                 .unwrap_or_default();
@@ -125,7 +128,6 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
             let rounding = m.max(n) as f64 * f64::EPSILON * s1;
             Ok((sigma.iter().filter(|&&s| s > rounding).count(), m.min(n)))
         },
-        |_| bar.inc(1),
     );
     bar.finish_and_clear();
     for ((what, r, ..), (rank, full)) in factors.iter().zip(ranks?) {

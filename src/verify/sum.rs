@@ -21,7 +21,7 @@ use crate::{
     ops::LARGEST_GAP,
     progress::Progress,
     run::{Manifest, RunDir},
-    spectrum::schedule::{self, Budget, Need},
+    work_queue::{self, Budget, Need},
 };
 use ndarray::Array2;
 use serde::Serialize;
@@ -103,7 +103,17 @@ pub(super) fn check(
         return Ok((findings, Vec::new()));
     }
     let bar = progress.count("recomputing", jobs.len() as u64);
-    let results = schedule::run(&jobs, Budget::NONE, Weight::need, Weight::check, |_| bar.inc(1));
+    let needs: Vec<Need> = jobs.iter().map(Weight::need).collect();
+    let results = work_queue::run(
+        &needs,
+        Budget::NONE,
+        || (),
+        |(), i| {
+            let result = jobs[i].check();
+            bar.inc(1);
+            result
+        },
+    );
     bar.finish_and_clear();
     let mut weights = Vec::new();
     for (weight, mismatch) in results? {

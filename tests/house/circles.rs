@@ -14,14 +14,11 @@ const ALLOWED: &[&[&str]] = &[
     &["adapter/names", "adapter/types"],
     &["collective/job", "collective/mpi", "collective/mpi/gpus"],
     &["convert/gguf/sentencepiece", "convert/gguf/tokenizer"],
-    &["diff/sums", "diff/vectors"],
-    &["inspect/moments", "inspect/vectors"],
     &["merge/apply", "merge/row_arithmetic"],
     &["merge/dtype_advice", "merge/result"],
     &["merge/matcher", "merge/parameters"],
     &["model/linear", "model/lora", "model/params", "model/product"],
     &["ops/cuda/driver", "ops/cuda/memory", "ops/cuda/shelf"],
-    &["spectrum/lowrank", "spectrum/pair", "spectrum/source"],
     &["tokenize/arrow", "tokenize/documents", "tokenize/json", "tokenize/parquet"],
 ];
 

@@ -4,7 +4,8 @@ use crate::sources::sources;
 use std::{collections::BTreeSet, path::Path};
 
 /// What every module may use.
-const FOUNDATION: &[&str] = &["error", "escape", "inputs", "interrupt", "progress", "shard", "staged", "threads"];
+const FOUNDATION: &[&str] =
+    &["error", "escape", "inputs", "interrupt", "job_array", "progress", "staged", "threads", "work_queue"];
 
 /// Module -> what it may import besides itself and the foundation. `api` and `cli` may import everything.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
@@ -13,14 +14,15 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("inputs", &[]),
     ("interrupt", &[]),
     ("progress", &[]),
-    ("shard", &[]),
+    ("job_array", &[]),
+    ("work_queue", &[]),
     ("staged", &[]),
     ("threads", &[]),
     ("checkpoint", &[]),
     ("pickle", &["checkpoint"]),
     ("adapter", &["checkpoint", "delta", "pickle"]),
     ("delta", &["checkpoint"]),
-    ("run", &[]),
+    ("run", &["checkpoint"]),
     ("convert", &["checkpoint", "merge", "pickle"]),
     ("diff", &["adapter", "checkpoint", "delta"]),
     ("extract", &["adapter", "checkpoint", "delta"]),

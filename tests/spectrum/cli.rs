@@ -25,7 +25,7 @@ struct Pair {
 
 impl Pair {
     fn args(&self) -> Vec<&str> {
-        vec!["spectrum", "--base", text(&self.base), "--tuned", text(&self.tuned)]
+        vec!["spectrum", "--base", text(&self.base), "--tuned", text(&self.tuned), "--roundings", "1"]
     }
 }
 

@@ -5,7 +5,7 @@ use crate::common::fixtures::{assert_close, fixture, json};
 use relora_kit::{
     ops::CudaOptions,
     progress::Progress,
-    spectrum::{self, Labelled, Options, Request, measures::METRICS},
+    spectrum::{self, Labelled, Options, SourceSpec, measures::METRICS},
 };
 
 /// Singular values within 1e-6 of the largest; counts exactly; other measures within 1e-9, or 1e-5 where the smallest
@@ -14,14 +14,14 @@ fn spectra_match(base: &str, tuned: &str, expected: &str, gpu: Option<CudaOption
     let expected = json(&format!("spectra/{expected}.json"));
     let squared = gpu.is_some();
     let options = Options {
-        requests: vec![Request::Checkpoints {
+        sources: vec![SourceSpec::Checkpoints {
             base: fixture(base),
             tuned: Labelled { label: "tuned".into(), path: fixture(tuned) },
         }],
         filter: vec!["*_proj.weight".into()],
         common_only: true,
         sigma: true,
-        roundings: 1,
+        roundings: Some(1),
         // On a GPU small matrices, too.
         small: gpu.is_some().then_some(0),
         gpu,

@@ -7,5 +7,6 @@ mod common;
 mod cli;
 mod cuda;
 mod golden;
+mod noise;
 mod oracle;
 mod parts;

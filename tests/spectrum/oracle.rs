@@ -5,7 +5,7 @@ use relora_kit::{
     ops::CudaOptions,
     progress::Progress,
     spectrum::{
-        self, Labelled, Matrix, Options, Request, Spectrum,
+        self, Labelled, Matrix, Options, SourceSpec, Spectrum,
         measures::{METRICS, Metric},
     },
 };
@@ -35,8 +35,8 @@ fn options(on: &On) -> Options {
 fn measure(on: &On, folder: &Path, expected: &Value, roundings: u64) -> Spectrum {
     let side = |key: &str| folder.join(expected[key].as_str().map_or(format!("{key}.safetensors"), str::to_owned));
     let tuned = Labelled { label: "x".into(), path: side("wn") };
-    let request = Request::Checkpoints { base: side("w0"), tuned };
-    let options = Options { requests: vec![request], skip_nonfinite: true, roundings, ..options(on) };
+    let source = SourceSpec::Checkpoints { base: side("w0"), tuned };
+    let options = Options { sources: vec![source], skip_nonfinite: true, roundings: Some(roundings), ..options(on) };
     spectrum::run(&options, &Progress::hidden()).unwrap()
 }
 
@@ -145,8 +145,8 @@ fn fixtures_agree_with_numpy(on: &On) {
         let text = std::fs::read(fixtures.join(format!("spectra/{expected}.json"))).unwrap();
         let expected: Value = serde_json::from_slice(&text).unwrap();
         let tuned = Labelled { label: "x".into(), path: fixtures.join(tuned) };
-        let request = Request::Checkpoints { base: fixtures.join(base), tuned };
-        let options = Options { requests: vec![request], common_only: true, roundings, ..options(on) };
+        let source = SourceSpec::Checkpoints { base: fixtures.join(base), tuned };
+        let options = Options { sources: vec![source], common_only: true, roundings: Some(roundings), ..options(on) };
         let spectrum = spectrum::run(&options, &Progress::hidden()).unwrap();
         for (name, theirs) in expected.as_object().unwrap() {
             let ours = spectrum.matrices.iter().find(|m| m.name == *name).unwrap();

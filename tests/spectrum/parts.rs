@@ -1,4 +1,4 @@
-//! `relora-kit spectrum --shard` and `--combine`: a job array gives what one process gives.
+//! `relora-kit spectrum --part` and `--join`: a job array gives what one process gives.
 
 use crate::common::synthetic_run::{Spec, noise, write_run};
 use crate::common::{f32_bytes, refused, run, write_tensors};
@@ -35,29 +35,39 @@ fn checkpoints(folder: &Path) -> Vec<String> {
         path
     };
     let (base, tuned) = (write("base.safetensors", 0, false), write("tuned.safetensors", 100, true));
-    let args = ["spectrum", "--base", text(&base), "--tuned", text(&tuned), "--skip-nonfinite", "--rank", "4"];
+    let args = [
+        "spectrum",
+        "--base",
+        text(&base),
+        "--tuned",
+        text(&tuned),
+        "--skip-nonfinite",
+        "--rank",
+        "4",
+        "--roundings=1",
+    ];
     args.map(str::to_owned).to_vec()
 }
 
 fn measure_parts(args: &[String], folder: &Path, count: usize) -> Vec<PathBuf> {
     let part = |index| {
         let path = folder.join(format!("part-{index}-of-{count}.json"));
-        let shard = [format!("--shard={index}/{count}"), "-o".into(), text(&path).into()];
-        let (code, stdout, stderr) = run(args.iter().chain(&shard));
+        let part = [format!("--part={index}/{count}"), "-o".into(), text(&path).into()];
+        let (code, stdout, stderr) = run(args.iter().chain(&part));
         assert!(code == 0 && stdout.is_empty(), "{stderr}");
         path
     };
     (1..=count).map(part).collect()
 }
 
-/// `spectrum --combine PARTS`, in an order that is not theirs.
-fn combined(parts: &[PathBuf], more: &[&str]) -> (i32, String, String) {
+/// `spectrum --join PARTS`, in an order that is not theirs.
+fn joined(parts: &[PathBuf], more: &[&str]) -> (i32, String, String) {
     let parts = parts.iter().rev().map(|p| text(p));
-    run(["spectrum", "--combine"].into_iter().chain(parts).chain(more.iter().copied()))
+    run(["spectrum", "--join"].into_iter().chain(parts).chain(more.iter().copied()))
 }
 
 #[test]
-fn combining_any_number_of_parts_gives_the_bytes_of_one_process() {
+fn joining_any_number_of_parts_gives_the_bytes_of_one_process() {
     let folder = tempfile::tempdir().unwrap();
     let args = checkpoints(folder.path());
     let gates = ["--require", "effective_rank > 3*r for 50%", "--require", "rank_above_noise < 30 on *layers.1*"];
@@ -72,7 +82,7 @@ fn combining_any_number_of_parts_gives_the_bytes_of_one_process() {
         let parts = measure_parts(&args, folder.path(), count);
         for format in formats {
             let whole = run(args.iter().map(String::as_str).chain(format.iter().copied()).chain(gates));
-            let joined = combined(&parts, &[format, &gates].concat());
+            let joined = joined(&parts, &[format, &gates].concat());
             assert_eq!((whole.0, &whole.1), (joined.0, &joined.1), "{count} parts, {format:?}: {}", joined.2);
             assert_eq!(whole.0, 1, "the second gate fails");
         }
@@ -93,7 +103,7 @@ fn pages_earlier_results_and_threads_change_nothing_either() {
         let (one, two) = (page("whole"), page("joined"));
         let more = ["--require", "rank_above_noise > 2*r", "--against", text(&before), "--format", "json", "--report"];
         let whole = run(args.iter().map(String::as_str).chain(more).chain([text(&one)]));
-        let joined = combined(&parts, &[&more[..], &[text(&two)]].concat());
+        let joined = joined(&parts, &[&more[..], &[text(&two)]].concat());
         assert_eq!((whole.0, &whole.1), (0, &joined.1), "{} {}", whole.2, joined.2);
         assert!(joined.1.contains("manifest.json\": \""), "the hash of the manifest is there: {}", joined.1);
         assert_eq!(fs::read(one).unwrap(), fs::read(two).unwrap(), "{count} parts");
@@ -112,7 +122,7 @@ fn a_part_reads_as_a_spectrum_of_its_share_but_is_no_whole_one() {
     assert_eq!(names(&a), ["model.layers.1.mlp.up_proj.weight"], "the costliest alone");
     assert_eq!(names(&b).len(), 3);
     let whole: Vec<&str> = args.iter().map(String::as_str).collect();
-    refused([&whole[..], &["--against", text(&parts[0])]].concat(), 2, &["part 1 of 2", "--combine"]);
+    refused([&whole[..], &["--against", text(&parts[0])]].concat(), 2, &["part 1 of 2", "--join"]);
 }
 
 #[test]
@@ -153,7 +163,7 @@ fn parts_of_other_jobs_are_refused_with_what_differs() {
     combine(&dense, &["parts of different jobs", "part-2-of-2.json", "--dense is false in the first and true"]);
     combine(&three, &["the number of parts is 2 in the first and 3"]);
     combine(&swapped, &["the list of sources", "base.safetensors"]);
-    combine(&trained_on, &["the content of a file", "tuned.safetensors"]);
+    combine(&trained_on, &["the content of an input file", "tuned.safetensors"]);
     combine(&whole, &["whole.json' is no part"]);
     combine(&folder.path().join("nowhere.json"), &["nowhere.json"]);
     combine(&folder.path().join("base.safetensors"), &["is not a spectrum"]);

@@ -3,7 +3,7 @@
 mod charts;
 mod data;
 
-use super::spectrum::{number, optional, plural, range};
+use super::spectrum::{number, optional, plural, range, roundings_remark, satisfied};
 use crate::{error::Result, escape, spectrum::Spectrum};
 use std::fmt::Write;
 
@@ -43,7 +43,7 @@ pub(super) fn escape(text: &str) -> String {
 fn verdict(s: &Spectrum) -> String {
     let failed = s.gates.iter().filter(|g| !g.passed).count();
     let (class, words) = match (s.gates.len(), failed) {
-        (0, _) => ("plain", "No gate was asked for.".to_owned()),
+        (0, _) => ("plain", "No gate was given.".to_owned()),
         (n, 0) => ("yes", format!("{} held.", plural(n, "gate"))),
         (n, failed) => ("no", format!("{failed} of {} failed.", plural(n, "gate"))),
     };
@@ -70,11 +70,10 @@ fn gates(s: &Spectrum) -> String {
         });
         let _ = writeln!(
             rows,
-            "<tr><td><code>{}</code></td><td>{}</td><td>{} of {}</td><td class=\"{class}\">{words}</td><td>{worst}</td></tr>",
+            "<tr><td><code>{}</code></td><td>{}</td><td>{}</td><td class=\"{class}\">{words}</td><td>{worst}</td></tr>",
             escape(&g.gate),
             escape(&g.label),
-            g.satisfied,
-            g.matrices
+            satisfied(g)
         );
     }
     format!(
@@ -204,6 +203,9 @@ fn sources(s: &Spectrum) -> String {
         let base = source.base.as_ref().map_or(String::new(), |b| format!(" minus {}", b.display()));
         let what = escape(&format!("{} ({}): {}{base}", source.label, source.kind, source.path.display()));
         let _ = writeln!(rows, "<tr><th colspan=\"2\">{what}</th></tr>");
+        if let Some(remark) = roundings_remark(source) {
+            let _ = writeln!(rows, "<tr><td colspan=\"2\">{}</td></tr>", escape(&remark));
+        }
         for (file, hash) in &source.files {
             let _ = writeln!(rows, "<tr><td>{}</td><td><code>{}</code></td></tr>", escape(file), escape(hash));
         }

@@ -1,6 +1,5 @@
-//! Stored values as vectors of f64, on processors with AVX-512: for loops that keep several sums in one pass over the
-//! bytes, which the compiler does not turn into vectors by itself.
-#![cfg(target_arch = "x86_64")]
+//! Loads of stored values into AVX-512 registers as f64, for loops that keep several sums in one pass over the bytes, which
+//! the compiler does not vectorise by itself.
 
 use super::Dtype;
 use std::arch::x86_64::*;
@@ -26,25 +25,25 @@ pub trait Stored {
 }
 
 /// F32
-pub struct Single;
+pub struct StoredF32;
 
 /// F16
-pub struct Half;
+pub struct StoredF16;
 
 /// BF16
-pub struct Brain;
+pub struct StoredBf16;
 
-impl Stored for Single {
+impl Stored for StoredF32 {
     const DTYPE: Dtype = Dtype::F32;
     const SIZE: usize = 4;
 }
 
-impl Stored for Half {
+impl Stored for StoredF16 {
     const DTYPE: Dtype = Dtype::F16;
     const SIZE: usize = 2;
 }
 
-impl Stored for Brain {
+impl Stored for StoredBf16 {
     const DTYPE: Dtype = Dtype::BF16;
     const SIZE: usize = 2;
 }

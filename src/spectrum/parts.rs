@@ -1,18 +1,23 @@
-//! Measuring spread over the jobs of an array: each measures its shard of the matrices and writes a part, and combining
-//! all parts gives what one process gives, to the byte.
+//! Measuring divided over the jobs of an array: each measures and writes one part of the matrices, and joining all parts
+//! gives what one process gives, to the byte.
 
 use super::{
-    Matrix, Measures, Options, Reason, Skipped, Source, Spectrum, against, check_gates, complete, gates::Asked,
-    measures, source::Opened, svd::Method,
+    Matrix, Measures, Options, Reason, Skipped, Source, Spectrum, against,
+    complete::complete,
+    judge::{self, Covered},
+    measures,
+    sources::OpenSource,
+    svd::Method,
 };
 use crate::{
     error::{Error, Result},
     inputs,
-    shard::{self, Shard},
+    job_array::{self, ArrayTask, Discrepancy, Identity},
 };
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -24,37 +29,33 @@ pub struct Part {
     pub index: usize,
     /// Of how many.
     pub count: usize,
-    /// The program and its version.
-    pub tool: String,
-    /// How the matrices were chosen and measured.
-    pub options: Measuring,
-    /// The files the result depends on, each with a digest of its length and some of its bytes.
-    #[serde(serialize_with = "crate::escape::lossy_pairs")]
-    pub inputs: Vec<(PathBuf, String)>,
+    /// What all parts have in common.
+    #[serde(flatten)]
+    pub job: Identity,
     /// Weights to measure, over all parts.
     pub weights: usize,
     /// The first so many entries of `skipped` are the same in all parts.
     pub skipped_by_all: usize,
     /// The weights of this part.
-    pub measured: Vec<Measured>,
+    pub measured: Vec<MeasuredWeight>,
 }
 
 /// One weight of a part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Measured {
-    /// Its place in the whole.
+pub struct MeasuredWeight {
+    /// Its index in the whole.
     pub weight: usize,
     /// For each of its matrices (none if it was skipped) the noise edge and the singular values to the last bit: 16
     /// hexadecimal digits each, the bits of an f64. Reading JSON's decimal numbers may round them.
     pub values: Vec<String>,
 }
 
-impl Measured {
-    pub(super) fn new(weight: usize, matrices: &[Matrix]) -> Measured {
+impl MeasuredWeight {
+    pub(super) fn new(weight: usize, matrices: &[Matrix]) -> MeasuredWeight {
         let hex = |x: &f64| format!("{:016x}", x.to_bits());
         let values =
             |m: &Matrix| std::iter::once(&m.measures.noise_edge).chain(m.sigma.iter().flatten()).map(hex).collect();
-        Measured { weight, values: matrices.iter().map(values).collect() }
+        MeasuredWeight { weight, values: matrices.iter().map(values).collect() }
     }
 }
 
@@ -80,75 +81,48 @@ fn restore(matrix: &mut Matrix, values: &str, rank_tol: Option<f64>) -> Option<(
     Some(())
 }
 
-/// The options that decide what is measured, and how.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Measuring {
-    /// `--filter`
-    pub filter: Vec<String>,
-    /// `--rank-tol`, as text: to the last bit.
-    pub rank_tol: Option<String>,
-    /// `--roundings`
-    pub roundings: u64,
-    /// `--rank`
-    pub rank: Option<usize>,
-    /// `--dense`
-    pub dense: bool,
-    /// `--common-only`
-    pub common_only: bool,
-    /// `--skip-nonfinite`
-    pub skip_nonfinite: bool,
-    /// `--device`, whichever GPU it is: devices differ in the last digits.
-    #[serde(default = "cpu")]
-    pub device: String,
-}
+const RANK: &str = "--rank";
+const RANK_TOL: &str = "--rank-tol";
 
-fn cpu() -> String {
-    "cpu".into()
+/// The options that decide what is measured, and how. Numbers as text, to the last bit; of the device only the kind, since
+/// kinds differ in the last digits.
+fn measuring(options: &Options) -> BTreeMap<String, Value> {
+    let dense = options.method == Method::Dense;
+    let pairs = [
+        ("--filter", json!(options.filter)),
+        (RANK_TOL, json!(options.rank_tolerance.map(|x| x.to_string()))),
+        ("--roundings", json!(options.roundings)),
+        (RANK, json!(options.rank)),
+        ("--dense", json!(dense)),
+        ("--common-only", json!(options.common_only)),
+        ("--skip-nonfinite", json!(options.skip_nonfinite)),
+        ("--device", json!(if options.gpu.is_some() { "cuda" } else { "cpu" })),
+    ];
+    pairs.map(|(key, value)| (key.to_owned(), value)).into()
 }
 
 impl Part {
-    pub(super) fn new(shard: Shard, options: &Options, opened: &[Opened], weights: usize) -> Result<Part> {
-        let mut inputs = Vec::new();
-        for file in unique_files(opened) {
-            let digest = shard::digest(&file)?;
-            inputs.push((file, digest));
-        }
-        Ok(Part {
-            index: shard.index,
-            count: shard.count,
-            tool: concat!("relora-kit ", env!("CARGO_PKG_VERSION")).to_owned(),
-            options: Measuring {
-                filter: options.filter.clone(),
-                rank_tol: options.rank_tolerance.map(|x| x.to_string()),
-                roundings: options.roundings,
-                rank: options.rank,
-                dense: options.method == Method::Dense,
-                common_only: options.common_only,
-                skip_nonfinite: options.skip_nonfinite,
-                device: if options.gpu.is_some() { "cuda".into() } else { cpu() },
-            },
-            inputs,
-            weights,
-            skipped_by_all: 0,
-            measured: Vec::new(),
-        })
+    pub(super) fn new(array: ArrayTask, options: &Options, opened: &[OpenSource], weights: usize) -> Result<Part> {
+        let job = Identity::new(measuring(options), opened.iter().flat_map(OpenSource::files))?;
+        let ArrayTask { index, count } = array;
+        Ok(Part { index, count, job, weights, skipped_by_all: 0, measured: Vec::new() })
     }
 
     fn name(&self) -> String {
-        Shard { index: self.index, count: self.count }.to_string()
+        ArrayTask { index: self.index, count: self.count }.to_string()
     }
 }
 
-fn unique_files(opened: &[Opened]) -> Vec<PathBuf> {
+fn unique_files(opened: &[OpenSource]) -> Vec<PathBuf> {
     let mut seen = HashSet::new();
-    opened.iter().flat_map(Opened::files).filter(|file| seen.insert(file.clone())).collect()
+    opened.iter().flat_map(OpenSource::files).filter(|file| seen.insert(file.clone())).collect()
 }
 
 /// The files that this job hashes: every file of the sources is read in full by one job only.
-pub(super) fn own_files(shard: Shard, opened: &[Opened]) -> Result<HashSet<PathBuf>> {
+pub(super) fn own_files(array: ArrayTask, opened: &[OpenSource]) -> Result<HashSet<PathBuf>> {
     let files = unique_files(opened);
     let bytes = |file: &PathBuf| fs::metadata(file).map(|m| m.len() as f64).map_err(|e| Error::io("read", file, e));
-    let own = shard.own(&files.iter().map(bytes).collect::<Result<Vec<_>>>()?);
+    let own = array.owns(&files.iter().map(bytes).collect::<Result<Vec<_>>>()?);
     Ok(files.into_iter().zip(own).filter(|(_, own)| *own).map(|(file, _)| file).collect())
 }
 
@@ -170,7 +144,7 @@ impl Read<'_> {
                 Ok(Read { path, spectrum, part })
             }
             None => Err(Error::request(format!("'{}' is no part but a whole result", path.display()))
-                .help("parts are written by `relora-kit spectrum --shard I/N`")),
+                .help("parts are written by `relora-kit spectrum --part I/N`")),
         }
     }
 }
@@ -194,7 +168,7 @@ fn check_sizes(spectrum: &Spectrum, part: &Part) -> std::result::Result<(), Stri
             return Err(format!("the hash of '{file}' is not 64 hexadecimal digits"));
         }
     }
-    match part.inputs.iter().find(|(_, digest)| !is_sha256(digest)) {
+    match part.job.inputs.iter().find(|(_, digest)| !is_sha256(digest)) {
         Some((file, _)) => Err(format!("the digest of '{}' is not 64 hexadecimal digits", file.display())),
         None => Ok(()),
     }
@@ -206,23 +180,26 @@ fn is_sha256(hash: &str) -> bool {
 
 /// Joins all parts of a job. Of `options` only the gates, `against`, `sigma` and `hashes` count: the rest was decided when
 /// the parts were measured.
-pub fn combine(paths: &[PathBuf], options: &Options) -> Result<Spectrum> {
+pub fn join(paths: &[PathBuf], options: &Options) -> Result<Spectrum> {
     let read = |path: &PathBuf| Ok((path.clone(), inputs::read(path, against::MAX_BYTES)?));
-    join(paths.iter().map(read).collect::<Result<Vec<_>>>()?, options)
+    join_read(paths.iter().map(read).collect::<Result<Vec<_>>>()?, options)
 }
 
-/// [`combine`], of parts and the names they go by.
-pub(super) fn join(parts: Vec<(PathBuf, Vec<u8>)>, options: &Options) -> Result<Spectrum> {
+/// [`join`], of the content of parts and the names they go by.
+pub(super) fn join_read(parts: Vec<(PathBuf, Vec<u8>)>, options: &Options) -> Result<Spectrum> {
     let before = options.against.as_deref().map(against::read).transpose()?;
     let mut parts = parts.iter().map(Read::parse).collect::<Result<Vec<_>>>()?;
-    let Some(first) = parts.first() else { return Err(Error::request("there is no part to combine")) };
+    let Some(first) = parts.first() else { return Err(Error::request("there is no part to join")) };
     parts[1..].iter().try_for_each(|other| check_same_job(first, other))?;
     check_all_there(&parts)?;
     parts.sort_by_key(|p| p.part.index);
     let sources = join_sources(&parts, options.hashes);
     let (matrices, skipped) = join_matrices(parts.iter_mut().map(|p| (p.path, &mut p.spectrum, &p.part)).collect())?;
-    let asked = asked(&matrices, &skipped, &sources, &parts[0].part);
-    check_gates(&options.gates, sources.iter().map(|s| s.label.as_str()), &asked)?;
+    for source in &sources {
+        judge::check_roundings(&options.gates, &source.label, source.roundings.as_ref())?;
+    }
+    let covered = covered(&matrices, &skipped, &sources, &parts[0].part);
+    judge::check_gates(&options.gates, sources.iter().map(|s| s.label.as_str()), &covered, &skipped)?;
     let mut spectrum = complete(options, sources, matrices, skipped, before)?;
     if !options.sigma {
         spectrum.forget_sigma();
@@ -241,18 +218,6 @@ fn check_same_job(a: &Read, b: &Read) -> Result<()> {
         ))
         .help("measure all parts with the same options, over the same files"))
     };
-    let values = |m: &Measuring| serde_json::to_value(m).ok().and_then(|v| v.as_object().cloned()).unwrap_or_default();
-    for ((key, one), (_, other)) in values(&x.options).iter().zip(&values(&y.options)) {
-        if one != other {
-            return differs(&format!("--{}", key.replace('_', "-")), one.to_string(), other.to_string());
-        }
-    }
-    if x.count != y.count {
-        return differs("the number of parts", x.count.to_string(), y.count.to_string());
-    }
-    if x.tool != y.tool {
-        return differs("the program", x.tool.clone(), y.tool.clone());
-    }
     let described = |r: &Read| -> Vec<String> {
         let path = |p: &PathBuf| p.display().to_string();
         let one = |s: &Source| {
@@ -264,14 +229,11 @@ fn check_same_job(a: &Read, b: &Read) -> Result<()> {
     if one != other {
         return differs("the list of sources", one.join(", "), other.join(", "));
     }
-    if x.inputs.len() != y.inputs.len() {
-        return differs("the number of files", x.inputs.len().to_string(), y.inputs.len().to_string());
+    if let Some(Discrepancy { what, one, other }) = x.job.difference(&y.job) {
+        return differs(&what, one, other);
     }
-    if let Some((one, other)) = x.inputs.iter().zip(&y.inputs).find(|(one, other)| one != other) {
-        let words = |(path, digest): &(PathBuf, String)| {
-            format!("'{}' ({})", path.display(), digest.get(..12).unwrap_or(digest))
-        };
-        return differs("the content of a file", words(one), words(other));
+    if x.count != y.count {
+        return differs("the number of parts", x.count.to_string(), y.count.to_string());
     }
     if (x.weights, x.skipped_by_all) != (y.weights, y.skipped_by_all) {
         return differs("the number of weights", x.weights.to_string(), y.weights.to_string());
@@ -281,31 +243,21 @@ fn check_same_job(a: &Read, b: &Read) -> Result<()> {
 
 fn check_all_there(parts: &[Read]) -> Result<()> {
     for (i, part) in parts.iter().enumerate() {
-        if let Some(twin) = parts[..i].iter().find(|p| p.part.index == part.part.index) {
+        if let Some(other) = parts[..i].iter().find(|p| p.part.index == part.part.index) {
             return Err(Error::request(format!(
                 "part {} is given twice: '{}' and '{}'",
                 part.part.name(),
-                twin.path.display(),
+                other.path.display(),
                 part.path.display()
             ))
             .help("name every part once"));
         }
     }
-    // The count is what a file says: counted without a list, since each part is there once and none beyond the count.
-    let count = parts[0].part.count;
-    let missing = count - parts.len();
-    if missing == 0 {
-        return Ok(());
+    let found: Vec<usize> = parts.iter().map(|p| p.part.index).collect();
+    match job_array::missing(&found, parts[0].part.count) {
+        None => Ok(()),
+        Some(missing) => Err(Error::request(missing).help("measure them with --part, or name their files, too")),
     }
-    let there: HashSet<usize> = parts.iter().map(|p| p.part.index).collect();
-    let first: Vec<String> = (1..=count)
-        .filter(|index| !there.contains(index))
-        .take(10)
-        .map(|index| Shard { index, count }.to_string())
-        .collect();
-    let more = if missing > 10 { format!(" and {} more", missing - 10) } else { String::new() };
-    Err(Error::request(format!("{missing} of {count} parts are missing: {}{more}", first.join(", ")))
-        .help("measure them with --shard, or name their files, too"))
 }
 
 /// The sources, with the hashes that each part took of its share of the files.
@@ -337,9 +289,9 @@ fn join_matrices(parts: Vec<(&Path, &mut Spectrum, &Part)>) -> Result<(Vec<Matri
         if i == 0 {
             skipped = by_all;
         }
-        let rank_tol =
-            part.options.rank_tol.as_ref().map(|text| text.parse::<f64>().map_err(|_| damaged())).transpose()?;
-        for Measured { weight, values } in &part.measured {
+        let rank_tol = part.job.options.get(RANK_TOL).and_then(Value::as_str);
+        let rank_tol = rank_tol.map(|text| text.parse::<f64>().map_err(|_| damaged())).transpose()?;
+        for MeasuredWeight { weight, values } in &part.measured {
             let mut own: Vec<Matrix> = matrices.by_ref().take(values.len()).collect();
             let skip = if values.is_empty() { Some(skips.next().ok_or_else(damaged)?) } else { None };
             let restored = own.iter_mut().zip(values).filter_map(|(m, v)| restore(m, v, rank_tol)).count();
@@ -361,12 +313,11 @@ fn join_matrices(parts: Vec<(&Path, &mut Spectrum, &Part)>) -> Result<(Vec<Matri
     Ok((all, skipped))
 }
 
-/// What gates can ask about: every weight, also those that turned out not to be finite.
-fn asked<'a>(matrices: &'a [Matrix], skipped: &'a [Skipped], sources: &[Source], part: &Part) -> Vec<Asked<'a>> {
-    let ranked = |label: &str| {
-        part.options.rank.is_some() || sources.iter().any(|s| s.label == label && s.kind != "checkpoints")
-    };
-    let measured = matrices.iter().map(|m| Asked { label: &m.label, name: &m.name, ranked: m.r.is_some() });
+/// What gates can be about: every weight, also those that turned out not to be finite.
+fn covered<'a>(matrices: &'a [Matrix], skipped: &'a [Skipped], sources: &[Source], part: &Part) -> Vec<Covered<'a>> {
+    let with_rank = part.job.options.get(RANK).is_some_and(|rank| !rank.is_null());
+    let ranked = |label: &str| with_rank || sources.iter().any(|s| s.label == label && s.kind != "checkpoints");
+    let measured = matrices.iter().map(|m| Covered { label: &m.label, name: &m.name, ranked: m.r.is_some() });
     let broken = skipped.iter().filter(|s| s.reason == Reason::NonFinite);
-    measured.chain(broken.map(|s| Asked { label: &s.label, name: &s.name, ranked: ranked(&s.label) })).collect()
+    measured.chain(broken.map(|s| Covered { label: &s.label, name: &s.name, ranked: ranked(&s.label) })).collect()
 }

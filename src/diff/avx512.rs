@@ -3,7 +3,7 @@
 use super::sums::{Sums, Tolerance};
 use crate::checkpoint::{
     Dtype,
-    lanes::{self, Brain, Half, LANES, Single, Stored, load, total, widen},
+    avx512::{self, LANES, Stored, StoredBf16, StoredF16, StoredF32, load, total, widen},
 };
 use std::arch::x86_64::*;
 
@@ -13,7 +13,7 @@ const VECTORS: usize = 2;
 /// Of values that are all finite and fill whole steps, else `None`.
 pub(super) fn sums(sides: [(Dtype, &[u8]); 2], tolerance: Tolerance) -> Option<Sums> {
     let [(a, x), (b, y)] = sides;
-    if x.is_empty() || !x.len().is_multiple_of(VECTORS * LANES * a.bitsize() / 8) || !lanes::available() {
+    if x.is_empty() || !x.len().is_multiple_of(VECTORS * LANES * a.bitsize() / 8) || !avx512::available() {
         return None;
     }
     macro_rules! of {
@@ -26,13 +26,13 @@ pub(super) fn sums(sides: [(Dtype, &[u8]); 2], tolerance: Tolerance) -> Option<S
         };
     }
     let sums = of! {
-        F32 Single, F32 Single;
-        F16 Half, F16 Half;
-        BF16 Brain, BF16 Brain;
-        F32 Single, BF16 Brain;
-        BF16 Brain, F32 Single;
-        F32 Single, F16 Half;
-        F16 Half, F32 Single;
+        F32 StoredF32, F32 StoredF32;
+        F16 StoredF16, F16 StoredF16;
+        BF16 StoredBf16, BF16 StoredBf16;
+        F32 StoredF32, BF16 StoredBf16;
+        BF16 StoredBf16, F32 StoredF32;
+        F32 StoredF32, F16 StoredF16;
+        F16 StoredF16, F32 StoredF32;
     };
     (sums.aa.is_finite() && sums.bb.is_finite()).then_some(sums)
 }
@@ -103,7 +103,7 @@ mod tests {
                 for (atol, rtol) in [(0.0, 0.0), (1e-2, 0.0), (0.0, 1e-2)] {
                     let tolerance = Tolerance { atol, rtol };
                     let Some(found) = sums([(from, &x), (to, &y)], tolerance) else {
-                        assert!(!lanes::available() || from != to);
+                        assert!(!avx512::available() || from != to);
                         continue;
                     };
                     let expected = chunk(&kept_a, &kept_b, 0, tolerance);

@@ -3,7 +3,7 @@
 use super::moments::Moments;
 use crate::checkpoint::{
     Dtype,
-    lanes::{self, Brain, Half, LANES, Single, Stored, load, total, widen},
+    avx512::{self, LANES, Stored, StoredBf16, StoredF16, StoredF32, load, total, widen},
 };
 use std::arch::x86_64::*;
 
@@ -12,15 +12,15 @@ const STEP: usize = 2 * LANES;
 
 /// Of values that are all finite and fill whole steps, else `None`.
 pub(super) fn moments(dtype: Dtype, bytes: &[u8]) -> Option<Moments> {
-    if bytes.is_empty() || !bytes.len().is_multiple_of(STEP * dtype.bitsize() / 8) || !lanes::available() {
+    if bytes.is_empty() || !bytes.len().is_multiple_of(STEP * dtype.bitsize() / 8) || !avx512::available() {
         return None;
     }
     // SAFETY: the processor has been asked.
     let moments = unsafe {
         match dtype {
             Dtype::F32 => of_singles(bytes),
-            Dtype::F16 => of_halves::<Half>(bytes),
-            Dtype::BF16 => of_halves::<Brain>(bytes),
+            Dtype::F16 => of_halves::<StoredF16>(bytes),
+            Dtype::BF16 => of_halves::<StoredBf16>(bytes),
             _ => return None,
         }
     };
@@ -35,9 +35,9 @@ fn of_singles(bytes: &[u8]) -> Moments {
     let mut min = [_mm512_set1_ps(f32::INFINITY); 2];
     let mut max = [_mm512_set1_ps(f32::NEG_INFINITY); 2];
     let (mut sums, mut squares, mut zeros) = ([_mm512_setzero_pd(); 4], [_mm512_setzero_pd(); 4], 0);
-    for step in bytes.chunks_exact(STEP * Single::SIZE) {
-        for (v, bytes) in step.chunks_exact(LANES * Single::SIZE).enumerate() {
-            let x = load::<Single>(bytes);
+    for step in bytes.chunks_exact(STEP * StoredF32::SIZE) {
+        for (v, bytes) in step.chunks_exact(LANES * StoredF32::SIZE).enumerate() {
+            let x = load::<StoredF32>(bytes);
             min[v] = _mm512_min_ps(min[v], x);
             max[v] = _mm512_max_ps(max[v], x);
             zeros += u64::from(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(x, _mm512_setzero_ps()).count_ones());
@@ -49,7 +49,7 @@ fn of_singles(bytes: &[u8]) -> Moments {
         }
     }
     let (min, max) = extremes(min, max);
-    let n = bytes.len() / Single::SIZE;
+    let n = bytes.len() / StoredF32::SIZE;
     Moments { min, max, zeros, ..Moments::about(pivot, n, total(sums), total(squares)) }
 }
 
@@ -129,7 +129,7 @@ mod tests {
                 let mut stored = vec![0.0; values.len()];
                 dtype::decode_f32(dtype, &bytes, &mut stored).unwrap();
                 let expected = Moments::of(&stored, 0);
-                let Some(found) = moments(dtype, &bytes) else { return assert!(!lanes::available()) };
+                let Some(found) = moments(dtype, &bytes) else { return assert!(!avx512::available()) };
                 let context = format!("{dtype:?} {scale} {offset}: {found:?}, expected {expected:?}");
                 assert_eq!(
                     (found.min, found.max, found.zeros),
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn values_of_every_kind_are_seen_or_left_to_the_careful_way() {
-        if !lanes::available() {
+        if !avx512::available() {
             return;
         }
         for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
