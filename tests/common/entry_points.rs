@@ -157,7 +157,7 @@ pub fn part(bytes: &[u8]) {
     let dir = folder();
     let path = dir.path().join("part.json");
     fs::write(&path, bytes).unwrap();
-    if let Ok(spectrum) = spectrum::combine(&[path], &spectrum::Options::default()) {
+    if let Ok(spectrum) = spectrum::join(&[path], &spectrum::Options::default()) {
         assert!(spectrum.matrices.iter().all(|m| m.measures.spectral_norm >= 0.0));
     }
 }
