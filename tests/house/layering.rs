@@ -5,12 +5,13 @@ use std::{collections::BTreeSet, path::Path};
 
 /// What every module may use.
 const FOUNDATION: &[&str] =
-    &["error", "escape", "inputs", "interrupt", "job_array", "progress", "staged", "threads", "work_queue"];
+    &["error", "escape", "guard", "inputs", "interrupt", "job_array", "progress", "staged", "threads", "work_queue"];
 
 /// Module -> what it may import besides itself and the foundation. `api` and `cli` may import everything.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("escape", &[]),
+    ("guard", &[]),
     ("inputs", &[]),
     ("interrupt", &[]),
     ("progress", &[]),
