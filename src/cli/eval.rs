@@ -67,10 +67,8 @@ impl Args {
         }
         shard.check_vocabulary(model.config().vocab_size)?;
         let (windows, _) = Windows::split(&shard, max_length, None, 0.0)?;
-        let bar = progress.count("evaluating", windows.count());
         let limit = self.max_predictions.unwrap_or(u64::MAX);
-        let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &Alone, &bar)?;
-        bar.finish_and_clear();
+        let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &Alone, progress)?;
         report::emit(&result, self.output.format, target)?;
         Ok(Outcome::Yes)
     }

@@ -16,7 +16,6 @@ use crate::{
     adapter::{Adapter, config::CONFIG_NAME},
     checkpoint::{Checkpoint, FileSpecs, Writer, read_text},
     error::{Error, Result},
-    interrupt,
     job_array::{self, ArrayTask},
     progress::Progress,
     staged::{self, Holds, StagedDir, Target},
@@ -133,7 +132,7 @@ pub(super) fn combine(
     }
     Writer::write_index(staged.path(), &files)?;
     for ((name, _), source) in files.iter().zip(sources) {
-        interrupt::check()?;
+        progress.check()?;
         let target = staged.path().join(name);
         // The parts stay as they are until the output is there. Not every file system knows links.
         if fs::hard_link(&source, &target).is_err() {

@@ -11,8 +11,7 @@ use super::{
 use crate::{
     checkpoint::Writer,
     error::{Error, Result},
-    interrupt,
-    progress::Progress,
+    progress::{Cancellation, Progress},
     threads,
 };
 use indicatif::ProgressBar;
@@ -55,7 +54,17 @@ pub(super) fn run(
     let states = counts.into_iter().map(State::new).collect();
     let total = plan.outputs.iter().map(|o| o.spec.bytes()).sum();
     let bar = progress.bytes("merging", total);
-    let job = Job { plan, rounding, gpu, pieces, states, writer, next: AtomicUsize::new(0), bar };
+    let job = Job {
+        plan,
+        rounding,
+        gpu,
+        pieces,
+        states,
+        writer,
+        next: AtomicUsize::new(0),
+        bar,
+        cancellation: progress.cancellation(),
+    };
     let (written, behind) = channel();
     std::thread::scope(|scope| {
         let write_back = scope.spawn(|| write_back(behind, || writer.sync()).inspect_err(|_| job.stop()));
@@ -107,6 +116,7 @@ struct Job<'p, 'a> {
     writer: &'p Writer,
     next: AtomicUsize,
     bar: ProgressBar,
+    cancellation: &'p Cancellation,
 }
 
 /// What the blocks of one output share.
@@ -137,7 +147,7 @@ impl Job<'_, '_> {
     fn work(&self, written: &Sender<u64>) -> Result<()> {
         let (mut single, mut double) = (Scratch::<f32>::new(), Scratch::<f64>::new());
         while let Some((i, piece)) = self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            interrupt::check()?;
+            self.cancellation.check()?;
             let (output, state) = (&self.plan.outputs[*i], &self.states[*i]);
             let result = match piece {
                 Piece::Bytes(bytes) => copy(output, bytes.clone(), self.writer),

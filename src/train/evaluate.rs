@@ -1,8 +1,7 @@
 //! Mean loss and perplexity on held-out windows.
 
 use super::tokens::{TokenShard, Windows};
-use crate::{collective::Collective, error::Result, interrupt, model::Model, ops::Device};
-use indicatif::ProgressBar;
+use crate::{collective::Collective, error::Result, model::Model, ops::Device, progress::Progress};
 use serde::Serialize;
 
 /// The result of an evaluation.
@@ -25,7 +24,7 @@ pub fn evaluate<D: Device>(
     batch_size: usize,
     max_predictions: u64,
     collective: &dyn Collective<D>,
-    bar: &ProgressBar,
+    progress: &Progress,
 ) -> Result<Evaluation> {
     let per_window = (windows.max_length() - 1) as u64;
     // Whole batches, until there are enough predictions.
@@ -34,9 +33,10 @@ pub fn evaluate<D: Device>(
     let batches = count.div_ceil(batch_size as u64);
     let (rank, world_size) = (collective.rank(), collective.world_size());
     let (mut own, mut tokens) = (Vec::new(), Vec::new());
+    let bar = progress.count("evaluating", windows.count());
     for first in (rank as u64..batches).step_by(world_size).map(|i| i * batch_size as u64) {
         if world_size == 1 {
-            interrupt::check()?;
+            progress.check().inspect_err(|_| bar.finish_and_clear())?;
         }
         let batch = batch_size.min((count - first) as usize);
         tokens.clear();
@@ -44,6 +44,7 @@ pub fn evaluate<D: Device>(
         own.extend(model.loss(&tokens, batch, windows.max_length())?.0.to_le_bytes());
         bar.inc((batch * world_size) as u64);
     }
+    bar.finish_and_clear();
     // By process: the sums of its batches. They are added in the order of the batches.
     let all = collective.gather(&own)?;
     let sum_of = |batch: usize| {

@@ -245,12 +245,13 @@ impl<D: Device> Session<D> {
     fn new(
         dir: RunDir,
         manifest: Manifest,
-        trainer: Trainer<D>,
+        mut trainer: Trainer<D>,
         validation: Option<(TokenShard, Windows)>,
         (metrics, lock): (Option<Metrics>, Option<RunLock>),
         progress: &Progress,
     ) -> Session<D> {
         let on_gpu = trainer.model.device().peak_memory().is_some();
+        trainer.observe(progress.cancellation());
         Session {
             dir,
             manifest,
@@ -350,7 +351,8 @@ impl<D: Device> Session<D> {
         if self.interrupted {
             // The first process is still writing.
             self.trainer.collective().barrier()?;
-            return Err(Error::environment(format!("interrupted after update {step}; a checkpoint was saved"))
+            let message = format!("interrupted after update {step}; a checkpoint was saved");
+            return Err(Error { message, ..Error::interrupted() }
                 .help(format!("go on with: relora-kit train --resume {}", self.dir.0.display())));
         }
         Ok(())
@@ -476,14 +478,20 @@ impl<D: Device> Session<D> {
 
     fn evaluate(&mut self, max_predictions: u64) -> Result<Option<Evaluation>> {
         let Some((shard, windows)) = &self.validation else { return Ok(None) };
-        let bar = self.progress.count("evaluating", windows.count());
         let batch_size = self.trainer.config().train.batch_size;
         let collective = self.trainer.collective().clone();
-        let result = evaluate(&mut self.trainer.model, shard, windows, batch_size, max_predictions, &*collective, &bar);
-        bar.finish_and_clear();
+        let result = evaluate(
+            &mut self.trainer.model,
+            shard,
+            windows,
+            batch_size,
+            max_predictions,
+            &*collective,
+            &self.progress,
+        );
         let e = match result {
             // The checkpoint that an interruption wants is saved by the caller.
-            Err(_) if collective.world_size() == 1 && interrupt::requested() => {
+            Err(_) if collective.world_size() == 1 && self.progress.cancellation().is_cancelled() => {
                 self.interrupted = true;
                 return Ok(None);
             }

@@ -15,9 +15,9 @@ use super::{
 use crate::{
     collective::{Alone, Collective},
     error::{Error, Result},
-    interrupt,
     model::{LoraSpec, Model, ParamKind, Store},
     ops::{Device, Rounding, TALLY_SHARE, Tally},
+    progress::Cancellation,
 };
 use std::{
     sync::Arc,
@@ -47,6 +47,7 @@ pub struct Trainer<D: Device> {
     tokens: Vec<u32>,
     pace: Pace,
     holds: bool,
+    cancellation: Cancellation,
 }
 
 /// What one update did.
@@ -138,6 +139,7 @@ impl<D: Device> Trainer<D> {
             tokens: Vec::new(),
             pace,
             holds: false,
+            cancellation: Cancellation::new(),
         };
         trainer.model.device().allow_tf32(trainer.config.train.tf32);
         trainer.round(|_| true, |_| Rounding::Nearest);
@@ -146,6 +148,11 @@ impl<D: Device> Trainer<D> {
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
         trainer.model.set_gradient_accumulation(share.passes > 1);
         Ok(trainer)
+    }
+
+    /// Makes an update report that the training should stop once `cancellation` is cancelled.
+    pub fn observe(&mut self, cancellation: &Cancellation) {
+        self.cancellation = cancellation.clone();
     }
 
     /// The configuration.
@@ -375,7 +382,7 @@ impl<D: Device> Trainer<D> {
         if !alone {
             let device = self.model.device();
             let mut numbers = device.zeros(TALLY_SHARE * collective.world_size());
-            let signal = if interrupt::requested() { 1.0 } else { 0.0 };
+            let signal = if self.cancellation.is_cancelled() { 1.0 } else { 0.0 };
             device.share_tally(&tally, signal, collective.rank(), &mut numbers);
             let (device, params) = self.model.device_and_params_mut();
             let numbers = buckets.finish(device, params, numbers)?;
@@ -387,7 +394,7 @@ impl<D: Device> Trainer<D> {
 
     /// Whether the only process is to stop. Several agree on it, by the numbers of an update.
     fn alone_and_asked(&self) -> bool {
-        self.collective.world_size() == 1 && interrupt::requested()
+        self.collective.world_size() == 1 && self.cancellation.is_cancelled()
     }
 
     /// Rank and scale of the delta, from the configuration.
