@@ -11,7 +11,10 @@ pub mod types;
 
 pub use config::AdapterConfig;
 pub use save::{FullTensor, NewModule, save, save_with};
-pub use types::{AdapterType, Site, lora::LoraModule};
+pub use types::{
+    AdapterType, Site,
+    lora::{Blocks, LoraModule},
+};
 
 use names::Key;
 

@@ -88,8 +88,10 @@ impl<'a> Matcher<'a> {
                 orphans.push(tensor.name());
             }
         }
+        let places = modules.iter().filter_map(|m| self.place(&mapping, &m.tensor_name()));
+        let shapes: Vec<&[usize]> = places.map(|place| self.plan.outputs[place].source.shape()).collect();
         for module in &modules {
-            orphans.extend(self.add_module(adapter, &mapping, module, &modules, weight)?);
+            orphans.extend(self.add_module(adapter, &mapping, module, (&modules, &shapes), weight)?);
         }
         for (name, _, rows) in adapter.others().filter(|(_, part, _)| *part == Stored::TokenRows) {
             match self.place(&mapping, &format!("{name}.weight")) {
@@ -111,7 +113,7 @@ impl<'a> Matcher<'a> {
         adapter: &'a Adapter,
         mapping: &Mapping,
         module: &Module<'a>,
-        all: &[Module<'a>],
+        (all, shapes): (&[Module<'a>], &[&[usize]]),
         weight: f64,
     ) -> Result<Vec<&'a str>> {
         let parameter = match adapter.config().target_parameters.as_deref() {
@@ -129,16 +131,23 @@ impl<'a> Matcher<'a> {
                 None => return Ok(module.tensors().map(|t| t.name()).collect()),
             },
         };
-        self.update(place, module, Parameter::Weight, weight)?;
+        self.update(place, module, Parameter::Weight, weight, shapes)?;
         match self.place(mapping, &format!("{}.bias", module.name())) {
-            Some(place) => self.update(place, module, Parameter::Bias, weight)?,
+            Some(place) => self.update(place, module, Parameter::Bias, weight, shapes)?,
             None => return Ok(adapter.kind().changes_bias(module).iter().map(Tensor::name).collect()),
         }
         Ok(Vec::new())
     }
 
     /// Lets a module update one output.
-    fn update(&mut self, place: usize, module: &Module<'a>, parameter: Parameter, weight: f64) -> Result<()> {
+    fn update(
+        &mut self,
+        place: usize,
+        module: &Module<'a>,
+        parameter: Parameter,
+        weight: f64,
+        all: &[&[usize]],
+    ) -> Result<()> {
         let output = &mut self.plan.outputs[place];
         let source = output.source;
         let site = Site {
@@ -148,6 +157,7 @@ impl<'a> Matcher<'a> {
             base: source.file().path(),
             weight,
             experts_in_out: parameters::stored_transposed(&self.config),
+            all,
         };
         let Some(planned) = module.adapter().kind().plan(module, &site)? else { return Ok(()) };
         if !dtype::is_float(source.dtype()) {

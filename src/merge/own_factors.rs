@@ -76,6 +76,8 @@ pub(super) fn find(base: &Checkpoint) -> Result<OwnFactors<'_>> {
             b,
             magnitude: None,
             bias: None,
+            diag: None,
+            blocks: None,
             r,
             experts: 1,
             out_features,

@@ -76,7 +76,7 @@ fn definition_order(name: &str) -> usize {
 
 /// `trainable_token_indices` of the embedding `module`: one list for the input embedding, or a list per module.
 pub(super) fn token_indices(config: &AdapterConfig, module: &str) -> Option<Vec<usize>> {
-    let list = match config.trainable_token_indices.as_ref()? {
+    let list = match config.trainable_token_indices.as_ref().or_else(|| config.raw.get("token_indices"))? {
         Value::Object(by_module) => {
             by_module.iter().find(|(key, _)| module == *key || module.ends_with(&format!(".{key}")))?.1
         }

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod adapter_types;
 mod cli;
 mod cuda;
 mod delta;

@@ -1,34 +1,28 @@
 //! LoHa (arXiv:2108.06098, LyCORIS): the elementwise product of two low-rank matrices.
 //!
 //! `dW = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b)`, w_a `[out, r]`, w_b `[r, in]`.
+//! Of a convolution the kernel stands in the columns of w_b, or each product has a core t `[r, r, kernel]` between w_a `[r, out]` and
+//! w_b `[r, in]`.
 
-use super::{AdapterType, Parameter, Site, values};
+use super::{About, AdapterType, Layer, values};
 use crate::{
-    adapter::{Module, config},
-    delta::{LowRank, Planned, Real, Update},
+    adapter::Module,
+    delta::{
+        LowRank, Real, Update,
+        forms::{self, Boxed},
+    },
     error::Result,
 };
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;
 
 /// The type.
 pub struct LoHa;
 
 impl AdapterType for LoHa {
-    fn id(&self) -> &'static str {
-        "LOHA"
-    }
-
-    fn name(&self) -> &'static str {
-        "LoHa"
-    }
-
-    fn prefix(&self) -> &'static str {
-        "hada_"
-    }
-
-    fn slots(&self) -> &'static [&'static str] {
-        &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"]
+    fn about(&self) -> About {
+        let slots = &["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"];
+        About { id: "LOHA", name: "LoHa", prefix: "hada_", slots }
     }
 
     fn check(&self, module: &Module) -> Result<()> {
@@ -39,31 +33,34 @@ impl AdapterType for LoHa {
         shape(module).map(Some)
     }
 
-    fn plan<'a>(&self, module: &Module<'a>, site: &Site<'a>) -> Result<Option<Planned<'a>>> {
-        if site.parameter == Parameter::Bias {
-            return Ok(None);
+    fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
+        Ok(shape(module)? == layer.shape())
+    }
+
+    fn build(&self, module: &Module, layer: &Layer, weight: f64) -> Result<Boxed> {
+        let scaling = weight * values::scaling(module)?;
+        if module.get("hada_t1").is_none() {
+            return build(module, scaling);
         }
-        let (rows, columns) = shape(module)?;
-        if *site.shape != [rows, columns] {
-            return Err(site.refuse(module, &format!("shape {:?} but LoHa gives {:?}", site.shape, [rows, columns])));
-        }
-        let (module, scaling) = (*module, scaling(module)? * site.weight);
-        let file = module.adapter().file().path();
-        let (single, double) = (move || build::<f32>(&module, scaling), move || build::<f64>(&module, scaling));
-        let mut planned = Planned::new(file, (rows, columns), single, double);
-        planned.tensors = module.tensors().collect();
-        Ok(Some(planned))
+        let first = values::core(module, "hada_t1", "hada_w1_a", "hada_w1_b")?;
+        let dense = scaling * first * values::core(module, "hada_t2", "hada_w2_a", "hada_w2_b")?;
+        Ok(forms::adding(layer.shape(), 8 * dense.len(), move |rows, mut out| out.assign(&dense.slice(s![rows, ..]))))
+    }
+
+    fn single(&self, module: &Module, weight: f64) -> Option<Result<Box<dyn Update<f32>>>> {
+        module.get("hada_t1").is_none().then(|| build(module, weight * values::scaling(module)?))
     }
 }
 
-fn scaling(module: &Module) -> Result<f64> {
-    let config = module.config();
-    let alpha = config.alpha_pattern.get(module.name()).or_else(|| config.number("alpha"));
-    let alpha = alpha.ok_or_else(|| module.damaged("adapter_config.json has no alpha"))?;
-    Ok(config::scaling(alpha, config.rank_of(module.name()), false))
-}
-
 fn shape(module: &Module) -> Result<(usize, usize)> {
+    if module.get("hada_t1").is_some() {
+        let first = values::core_shape(module, "hada_t1", "hada_w1_a", "hada_w1_b")?;
+        let second = values::core_shape(module, "hada_t2", "hada_w2_a", "hada_w2_b")?;
+        return match first == second {
+            true => Ok(first),
+            false => Err(module.damaged(&format!("its products are {first:?} and {second:?}"))),
+        };
+    }
     let [a1, b1, a2, b2] =
         ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"].map(|slot| values::extents(module, slot));
     let (a1, b1, a2, b2) = (a1?, b1?, a2?, b2?);

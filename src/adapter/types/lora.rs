@@ -2,11 +2,15 @@
 //!
 //! Letters: A is `[r, in]`, B is `[out, r]`, the delta of a weight `[out, in]` is `scaling * B @ A`.
 
-use super::{AdapterType, Parameter, Site, values};
+use super::{About, AdapterType, Layer, Parameter, Site, values};
 use crate::{
     adapter::{Adapter, Module},
     checkpoint::Tensor,
-    delta::{Effect, LowRank, Planned, Real, Stacked, Update, Weight, unravel},
+    delta::{
+        Effect, LowRank, Planned, Real, Stacked, Update, Weight,
+        forms::{self, Boxed},
+        unravel,
+    },
     error::{Error, Result},
 };
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
@@ -31,6 +35,10 @@ pub struct LoraModule<'a> {
     pub magnitude: Option<Tensor<'a>>,
     /// The bias of B, one per output.
     pub bias: Option<Tensor<'a>>,
+    /// KaSA's singular values, one per rank: `B @ diag @ A`.
+    pub diag: Option<Tensor<'a>>,
+    /// One factor is block diagonal, and stored as its blocks.
+    pub blocks: Option<Blocks>,
     /// Rank (of one expert, where there are several).
     pub r: usize,
     /// How many pairs of factors A and B are stacked along the rank; 1 except for expert parameters.
@@ -41,6 +49,39 @@ pub struct LoraModule<'a> {
     pub in_features: usize,
     /// What `B @ A` is multiplied with.
     pub scaling: f64,
+}
+
+/// A block diagonal factor (BD-LoRA), stored as its blocks below each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// A is the factor, and not B.
+    pub of_a: bool,
+    /// Number of blocks.
+    pub count: usize,
+}
+
+impl Blocks {
+    fn of(module: &Module) -> Option<Blocks> {
+        let settings = module.config().other.get("use_bdlora")?;
+        let count = settings["nblocks"].as_u64()? as usize;
+        let last = module.name().rsplit('.').next().unwrap_or_default();
+        let targets = |key: &str| {
+            let names = settings[key].as_array().map_or(&[][..], Vec::as_slice);
+            names.iter().filter_map(Value::as_str).any(|name| last.contains(name))
+        };
+        let of_a = targets("target_modules_bd_a");
+        (count > 1 && (of_a || targets("target_modules_bd_b"))).then_some(Blocks { of_a, count })
+    }
+
+    /// The factor of its stored blocks.
+    fn dense<T: Real>(self, stored: Array2<T>) -> Array2<T> {
+        let (rows, columns) = stored.dim();
+        let height = rows / self.count;
+        Array2::from_shape_fn((rows, columns * self.count), |(i, j)| match i / height == j / columns {
+            true => stored[[i, j % columns]],
+            false => T::zero(),
+        })
+    }
 }
 
 impl<'a> LoraModule<'a> {
@@ -56,21 +97,18 @@ impl<'a> LoraModule<'a> {
             (None, None, Some(a), Some(b)) => (a, b, true),
             _ => return Err(bad("expected one A and one B factor, found only part of them".into())),
         };
-        if a.shape().len() > 2 {
-            return Err(Error::request(format!(
-                "module '{}' in '{}' is a convolution, of which A {:?} and B {:?} are the factors: only linear layers and \
-                 embeddings are supported",
-                module.name(),
-                module.adapter().file().path().display(),
-                a.shape(),
-                b.shape()
-            ))
-            .help("merge this adapter with PEFT"));
-        }
-        let (&[r, n], &[m, r_b]) = (a.shape(), b.shape()) else {
-            return Err(bad(format!("expected matrices A and B, found shapes {:?} and {:?}", a.shape(), b.shape())));
+        let (r, mut n, m, r_b) = match (a.shape(), b.shape()) {
+            (&[r, n], &[m, r_b]) => (r, n, m, r_b),
+            // A convolution: A has its kernel, B is 1 x 1.
+            (&[r, ref patch @ ..], &[m, r_b, ref ones @ ..])
+                if a.shape().len() == b.shape().len() && patch.len() > 1 && ones.iter().all(|n| *n == 1) =>
+            {
+                (r, patch.iter().product(), m, r_b)
+            }
+            (a, b) => return Err(bad(format!("expected matrices A and B, found shapes {a:?} and {b:?}"))),
         };
-        if r != r_b || r == 0 {
+        let blocks_of_b = Blocks::of(module).filter(|blocks| !blocks.of_a).map_or(1, |blocks| blocks.count);
+        if r != r_b * blocks_of_b || r == 0 {
             return Err(bad(format!("A {:?} and B {:?} do not share a rank above 0", a.shape(), b.shape())));
         }
         let vector = |slot, what: &str| match get(slot) {
@@ -82,6 +120,19 @@ impl<'a> LoraModule<'a> {
         let magnitude = vector("lora_magnitude_vector", "the DoRA magnitude")?;
         let bias = vector("lora_B.bias", "the bias of B")?;
         let config = module.config();
+        let blocks = Blocks::of(module);
+        if let Some(Blocks { of_a: true, count }) = blocks {
+            n *= count;
+        }
+        if let Some(Blocks { count, .. }) = blocks
+            && (r % count != 0 || m % count != 0)
+        {
+            return Err(bad(format!("rank {r} and {m} outputs are not {count} blocks")));
+        }
+        let diag = get("lora_diag");
+        if diag.is_some_and(|diag| diag.elements() != r) {
+            return Err(bad(format!("its lora_diag does not have the {r} elements of its rank")));
+        }
         let configured = config.rank_of(module.name());
         if configured == 0 {
             return Err(bad("adapter_config.json gives it rank 0, expected at least 1".into()));
@@ -101,6 +152,8 @@ impl<'a> LoraModule<'a> {
             b,
             magnitude,
             bias,
+            diag,
+            blocks,
             r: configured,
             experts,
             out_features: m,
@@ -135,7 +188,20 @@ impl<'a> LoraModule<'a> {
             Array2::from_shape_vec(shape, values).map_err(bad)
         };
         let rank = self.r * self.experts;
-        let (a, b) = (read("A", &self.a, (rank, self.in_features))?, read("B", &self.b, (self.out_features, rank))?);
+        let [of_a, of_b] = [true, false].map(|of_a| self.blocks.filter(|blocks| blocks.of_a == of_a));
+        let width = |of: Option<Blocks>, columns: usize| columns / of.map_or(1, |blocks| blocks.count);
+        let mut a = read("A", &self.a, (rank, width(of_a, self.in_features)))?;
+        let mut b = read("B", &self.b, (self.out_features, width(of_b, rank)))?;
+        if let Some(blocks) = of_a {
+            a = blocks.dense(a);
+        }
+        if let Some(blocks) = of_b {
+            b = blocks.dense(b);
+        }
+        if let Some(diag) = &self.diag {
+            let diag = values::vector::<T>(diag)?;
+            b.columns_mut().into_iter().zip(diag).for_each(|(mut column, d)| column.mapv_inplace(|x| x * d));
+        }
         let scaling = T::from_f64(self.scaling);
         let (left, right) =
             if fan_in_fan_out || self.embedding { (a.reversed_axes(), b.reversed_axes()) } else { (b, a) };
@@ -170,6 +236,12 @@ impl<'a> LoraModule<'a> {
     ) -> std::result::Result<bool, String> {
         let delta = [self.out_features, self.in_features];
         let wanted = self.embedding || fan_in_fan_out;
+        if self.a.shape().len() > 2 {
+            return match stored == [&[self.out_features], &self.a.shape()[1..]].concat() {
+                true => Ok(false),
+                false => Err(format!("shape {stored:?} but A {:?} and B {:?}", self.a.shape(), self.b.shape())),
+            };
+        }
         match *stored {
             [m, n] if self.experts == 1 => match (delta == [m, n], delta == [n, m]) {
                 (true, true) => Ok(wanted),
@@ -201,7 +273,15 @@ impl<'a> LoraModule<'a> {
     ) -> std::result::Result<Planned<'a>, String> {
         let transposed = self.orientation(stored, fan_in_fan_out, experts_in_out)?;
         let Some((&columns, rows)) = stored.split_last() else { return Err("no extents".into()) };
-        let shape = (rows.iter().product(), columns);
+        let shape = match self.a.shape().len() {
+            2 => (rows.iter().product(), columns),
+            _ => (self.out_features, self.in_features),
+        };
+        if self.diag.is_some() {
+            let mut planned = Planned::in_double(file, shape, move || self.kasa(transposed, weight));
+            planned.tensors = vec![self.a, self.b];
+            return Ok(planned);
+        }
         let mut planned = Planned::new(
             file,
             shape,
@@ -212,6 +292,16 @@ impl<'a> LoraModule<'a> {
         planned.tensors = vec![self.a, self.b];
         planned.alone = self.magnitude.is_some();
         Ok(planned)
+    }
+
+    /// KaSA (arXiv:2412.06071): the r smallest singular parts of the weight make room for `B @ diag @ A`.
+    fn kasa(&self, transposed: bool, weight: f64) -> Result<Boxed> {
+        let product = LowRank { scaling: weight * self.scaling, ..self.low_rank::<f64>(transposed)? };
+        let (shape, r) = (product.shape(), self.r);
+        let kept = shape.0.min(shape.1).saturating_sub(r);
+        Ok(forms::whole(shape, 8 * (product.left.len() + product.right.len()), move |weight| {
+            Ok(values::largest_parts(weight, kept)? + product.dense())
+        }))
     }
 
     fn build<T: Real>(&self, transposed: bool, weight: f64) -> Result<Box<dyn Update<T>>> {
@@ -332,20 +422,20 @@ const NO_DELTA: [(&str, &str); 4] = [
 ];
 
 impl AdapterType for Lora {
-    fn id(&self) -> &'static str {
-        "LORA"
-    }
-
-    fn name(&self) -> &'static str {
-        "LoRA"
-    }
-
-    fn prefix(&self) -> &'static str {
-        "lora_"
-    }
-
-    fn slots(&self) -> &'static [&'static str] {
-        &["lora_A", "lora_B.bias", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
+    fn about(&self) -> About {
+        let slots = &[
+            "lora_A",
+            "lora_B.bias",
+            "lora_B",
+            "lora_embedding_A",
+            "lora_embedding_B",
+            "lora_magnitude_vector",
+            "lora_diag",
+            // What training needed and the merge does not: VeLoRA's projections, MonteCLoRA's sampler.
+            "lora_velora_embed",
+            "lora_monteclora_sampler.*",
+        ];
+        About { id: "LORA", name: "LoRA", prefix: "lora_", slots }
     }
 
     fn check(&self, module: &Module) -> Result<()> {
@@ -372,6 +462,12 @@ impl AdapterType for Lora {
         if let Some((key, why)) = NO_DELTA.iter().find(|(key, _)| config.other.get(*key).filter(set).is_some()) {
             return refuse(format!("{key} is set: {why}"), "PEFT cannot merge it either: use it unmerged");
         }
+        let kasa = config.other.get("kasa_config").filter(set).is_some();
+        if let Some(odd) = adapter.lora_modules().flatten().find(|m| m.diag.is_some() != kasa) {
+            let (has, sets) = if kasa { ("no lora_diag", "sets") } else { ("a lora_diag", "does not set") };
+            let what = format!("'{}' has {has} but adapter_config.json {sets} kasa_config", odd.name);
+            return refuse(what, "save the adapter again");
+        }
         if config.use_dora {
             if let Some(module) = adapter.lora_modules().flatten().find(|m| m.magnitude.is_none()) {
                 let what = format!("use_dora is set but '{}' has no magnitude", module.name);
@@ -394,7 +490,7 @@ impl AdapterType for Lora {
 
     fn shape(&self, module: &Module) -> Result<Option<(usize, usize)>> {
         let lora = LoraModule::of(module)?;
-        if lora.magnitude.is_some() || lora.experts > 1 {
+        if lora.magnitude.is_some() || lora.diag.is_some() || lora.experts > 1 {
             return Ok(None);
         }
         Ok(Some(match module.config().fan_in_fan_out || lora.embedding {
@@ -403,7 +499,16 @@ impl AdapterType for Lora {
         }))
     }
 
-    fn plan<'a>(&self, module: &Module<'a>, site: &Site<'a>) -> Result<Option<Planned<'a>>> {
+    fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
+        let lora = LoraModule::of(module)?;
+        Ok((lora.out_features, lora.in_features) == layer.shape())
+    }
+
+    fn build(&self, module: &Module, _: &Layer, weight: f64) -> Result<Boxed> {
+        LoraModule::of(module)?.build(false, weight)
+    }
+
+    fn plan<'a>(&'static self, module: &Module<'a>, site: &Site) -> Result<Option<Planned<'a>>> {
         let (lora, file) = (LoraModule::of(module)?, module.adapter().file().path());
         if site.parameter == Parameter::Bias {
             let Some(vector) = lora.bias else { return Ok(None) };
@@ -425,6 +530,9 @@ impl AdapterType for Lora {
                 Planned::new(file, shape, move || bias::<f32>(&vector, factor), move || bias::<f64>(&vector, factor));
             planned.tensors = vec![vector];
             return Ok(Some(planned));
+        }
+        if lora.diag.is_some() {
+            site.refuse_weight(module, "replaces some of its singular parts (KaSA)")?;
         }
         if lora.magnitude.is_some() {
             site.refuse_weight(module, "rescales it (DoRA)")?;
