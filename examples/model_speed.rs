@@ -4,7 +4,7 @@
 
 use relora_kit::{
     model::{LlamaConfig, LoraSpec, Model},
-    ops::{AdamW, Cpu, Device, Tally},
+    ops::{AdamW, Cpu, Device, StepStats},
     threads,
 };
 use std::time::Instant;
@@ -39,13 +39,13 @@ fn main() {
         model.zero_grad();
         let loss = model.forward_backward(&tokens, batch, len, 1.0).unwrap();
         let model_time = start.elapsed().as_secs_f64();
-        let mut tally = Tally::default();
+        let mut stats = StepStats::default();
         let gradients: Vec<&Vec<f32>> = model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
-        Cpu.tally_gradients(&gradients, 1.0, &mut tally);
+        Cpu.accumulate_and_clip(&gradients, 1.0, &mut stats);
         let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
         for (param, [m, v]) in model.params_mut().iter_mut().zip(&mut moments) {
             if let Some(grad) = &param.grad {
-                Cpu.adamw(&settings, &tally, &mut param.value, grad, m, v);
+                Cpu.adamw(&settings, &stats, &mut param.value, grad, m, v);
             }
         }
         let time = start.elapsed().as_secs_f64();

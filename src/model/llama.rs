@@ -81,13 +81,13 @@ impl<D: Device> Model<D> {
     /// token t+1. Returns the mean loss of the `batch · (len - 1)` predictions, in nats, and adds `grad_scale` times its
     /// gradient to the gradients of what trains.
     pub fn forward_backward(&mut self, tokens: &[u32], batch: usize, len: usize, grad_scale: f32) -> Result<f64> {
-        let mut tally = self.device.tally();
-        self.forward_backward_then(tokens, batch, len, grad_scale, &mut tally, &mut |_, _, _| {})?;
+        let mut stats = self.device.step_stats();
+        self.forward_backward_then(tokens, batch, len, grad_scale, &mut stats, &mut |_, _, _| {})?;
         self.device.status()?;
         Ok(self.sum_of_losses() / predictions(batch, len))
     }
 
-    /// [`Model::forward_backward`] that does not wait for the device: `grad_scale` times the mean loss is added to `tally`.
+    /// [`Model::forward_backward`] that does not wait for the device: `grad_scale` times the mean loss is added to `stats`.
     /// It calls `ready` with the places of parameters as soon as their gradients are complete, while the backward goes on:
     /// it will not look at them again, and they may be taken away for the time being.
     pub fn forward_backward_then(
@@ -96,7 +96,7 @@ impl<D: Device> Model<D> {
         batch: usize,
         len: usize,
         grad_scale: f32,
-        tally: &mut D::Tally,
+        stats: &mut D::StepStats,
         ready: &mut Ready<D>,
     ) -> Result<()> {
         self.check_tokens(tokens, batch, len, 2)?;
@@ -104,7 +104,7 @@ impl<D: Device> Model<D> {
         let scale = f64::from(grad_scale) / predictions(batch, len);
         self.run_head(tokens, len, Some(scale as f32));
         if let Some(workspace) = &self.workspace {
-            self.device.tally_losses(scale, &workspace.losses, tally);
+            self.device.accumulate_losses(scale, &workspace.losses, stats);
         }
         self.run_backward(tokens, ready);
         Ok(())

@@ -218,7 +218,7 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::Dtype,
-        ops::{Cpu, Tally},
+        ops::{Cpu, StepStats},
     };
     use serde_json::json;
     use std::{fs, path::Path};
@@ -405,7 +405,7 @@ mod tests {
                         taken[at] = params[at].grad.take();
                     }
                 };
-                model.forward_backward_then(&TOKENS, 3, 5, 1.0, &mut Tally::default(), &mut take).unwrap();
+                model.forward_backward_then(&TOKENS, 3, 5, 1.0, &mut StepStats::default(), &mut take).unwrap();
                 assert_eq!(seen, vec![1; whole.len()]);
                 assert_eq!(taken, whole);
             }

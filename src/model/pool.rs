@@ -16,11 +16,11 @@ impl<D: Device> Pool<D> {
     /// The smallest free buffer that has room for `len` elements, or a new one. What it holds is not defined. Of several, it is the
     /// one that lies first, whenever they came: so that each pass has the buffers of the one before.
     pub fn take(&mut self, device: &D, element: Element, len: usize) -> D::Buffer {
-        self.free.sort_unstable_by_key(|b| device.place(b));
-        let rooms: Vec<usize> = self.free.iter().map(|b| device.room(b)).collect();
-        let Some(at) = best_fit(&rooms, len * device.width(element)) else { return device.zeros_of(element, len) };
+        self.free.sort_unstable_by_key(|b| device.address(b));
+        let capacities: Vec<usize> = self.free.iter().map(|b| device.capacity(b)).collect();
+        let Some(at) = best_fit(&capacities, len * device.width(element)) else { return device.zeros_of(element, len) };
         let mut buffer = self.free.remove(at);
-        device.remake(&mut buffer, element, len);
+        device.resize_in_place(&mut buffer, element, len);
         buffer
     }
 
@@ -34,8 +34,8 @@ impl<D: Device> Pool<D> {
 }
 
 /// Which of the free buffers, by their bytes, serves where so many are needed.
-pub(super) fn best_fit(rooms: &[usize], needed: usize) -> Option<usize> {
-    let fitting = rooms.iter().enumerate().filter(|(_, room)| **room >= needed);
+pub(super) fn best_fit(capacities: &[usize], needed: usize) -> Option<usize> {
+    let fitting = capacities.iter().enumerate().filter(|(_, room)| **room >= needed);
     fitting.min_by_key(|(_, room)| **room).map(|(at, _)| at)
 }
 

@@ -1,9 +1,9 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised, RopeShape,
-    Rounding, TALLY_SHARE, Tally, adamw, attention, cross_entropy, dropout, elementwise, embedding, matmul, prune,
-    quantise, rms_norm, rope, round, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, PACKED_STATS, Pruning, Quantisation,
+    Quantised, RopeShape, Rounding, StepStats, adamw, attention, cross_entropy, dropout, elementwise, embedding,
+    matmul, prune, quantise, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -16,7 +16,7 @@ impl Device for Cpu {
     type Buffer = Vec<f32>;
     type Tokens = Vec<u32>;
     type Quantised = Quantised;
-    type Tally = Tally;
+    type StepStats = StepStats;
 
     fn zeros_of(&self, _element: Element, len: usize) -> Vec<f32> {
         vec![0.0; len]
@@ -42,15 +42,15 @@ impl Device for Cpu {
         buffer.len()
     }
 
-    fn room(&self, buffer: &Vec<f32>) -> usize {
+    fn capacity(&self, buffer: &Vec<f32>) -> usize {
         size_of::<f32>() * buffer.capacity()
     }
 
-    fn place(&self, buffer: &Vec<f32>) -> u64 {
+    fn address(&self, buffer: &Vec<f32>) -> u64 {
         buffer.as_ptr().addr() as u64
     }
 
-    fn remake(&self, buffer: &mut Vec<f32>, _element: Element, len: usize) {
+    fn resize_in_place(&self, buffer: &mut Vec<f32>, _element: Element, len: usize) {
         elementwise::set_len(buffer, len);
     }
 
@@ -240,32 +240,40 @@ impl Device for Cpu {
         prune::prune(how, m, v);
     }
 
-    fn tally(&self) -> Tally {
-        Tally::default()
+    fn step_stats(&self) -> StepStats {
+        StepStats::default()
     }
 
-    fn tally_losses(&self, scale: f64, losses: &Vec<f32>, tally: &mut Tally) {
-        tally.loss += scale * elementwise::sum(losses);
+    fn accumulate_losses(&self, scale: f64, losses: &Vec<f32>, stats: &mut StepStats) {
+        stats.loss += scale * elementwise::sum(losses);
     }
 
-    fn tally_gradients(&self, gradients: &[&Vec<f32>], max_norm: f64, tally: &mut Tally) {
-        tally.squares += gradients.iter().map(|g| elementwise::sum_of_squares(g)).sum::<f64>();
-        tally.clip(max_norm);
+    fn accumulate_and_clip(&self, gradients: &[&Vec<f32>], max_norm: f64, stats: &mut StepStats) {
+        stats.squares += gradients.iter().map(|g| elementwise::sum_of_squares(g)).sum::<f64>();
+        stats.clip(max_norm);
     }
 
-    fn read_tally(&self, tally: &Tally) -> Result<Tally> {
-        Ok(*tally)
+    fn read_step_stats(&self, stats: &StepStats) -> Result<StepStats> {
+        Ok(*stats)
     }
 
-    fn share_tally(&self, tally: &Tally, signal: f32, place: usize, shares: &mut Vec<f32>) {
-        shares[TALLY_SHARE * place..][..TALLY_SHARE].copy_from_slice(&tally.share(signal));
+    fn pack_step_stats(&self, stats: &StepStats, signal: f32, place: usize, shares: &mut Vec<f32>) {
+        shares[PACKED_STATS * place..][..PACKED_STATS].copy_from_slice(&stats.share(signal));
     }
 
-    fn join_tally(&self, shares: &Vec<f32>, tally: &mut Tally) {
-        tally.join(shares);
+    fn reduce_step_stats(&self, shares: &Vec<f32>, stats: &mut StepStats) {
+        stats.join(shares);
     }
 
-    fn adamw(&self, step: &AdamW, tally: &Tally, p: &mut Vec<f32>, g: &Vec<f32>, m: &mut Vec<f32>, v: &mut Vec<f32>) {
-        adamw::update(step, tally.factor, p, g, m, v);
+    fn adamw(
+        &self,
+        step: &AdamW,
+        stats: &StepStats,
+        p: &mut Vec<f32>,
+        g: &Vec<f32>,
+        m: &mut Vec<f32>,
+        v: &mut Vec<f32>,
+    ) {
+        adamw::update(step, stats.factor, p, g, m, v);
     }
 }

@@ -33,8 +33,8 @@ pub(crate) mod quantise;
 mod rms_norm;
 mod rope;
 mod round;
+mod step_stats;
 mod swiglu;
-mod tally;
 
 pub use adamw::AdamW;
 pub use attention::AttentionShape;
@@ -43,7 +43,7 @@ pub use cross_entropy::IGNORE;
 #[cfg(not(feature = "cuda"))]
 pub use cuda::unavailable;
 #[cfg(feature = "cuda")]
-pub use cuda::{Communicator, Cuda, Exchange, NcclId, NcclLibrary, Span, Sum};
+pub use cuda::{Communicator, Cuda, DeviceSpan, NcclId, NcclLibrary, ReductionStaging, Sum};
 pub use cuda::{CudaOptions, FOLDERS_VARIABLE, GpuGram, GpuMatrix, Products, Solver};
 pub use dropout::Dropout;
 pub use matmul::{Factor, Mat, MatMut};
@@ -52,7 +52,7 @@ pub use prune::Pruning;
 pub use quantise::{LARGEST_GAP, NF4, Quantisation, Quantised, Scales};
 pub use rope::RopeShape;
 pub use round::Rounding;
-pub use tally::{TALLY_SHARE, Tally};
+pub use step_stats::{PACKED_STATS, StepStats};
 
 use crate::error::Result;
 use std::borrow::Cow;
@@ -74,8 +74,8 @@ pub trait Device: Send + Sync {
     type Tokens: Send + Sync;
     /// A [`Quantised`] matrix on the device.
     type Quantised: Send + Sync;
-    /// A [`Tally`] on the device.
-    type Tally: Send + Sync;
+    /// A [`StepStats`] on the device.
+    type StepStats: Send + Sync;
 
     /// A new buffer of zeros.
     fn zeros_of(&self, element: Element, len: usize) -> Self::Buffer;
@@ -100,11 +100,11 @@ pub trait Device: Send + Sync {
         size_of::<f32>()
     }
     /// Bytes that a buffer has room for.
-    fn room(&self, buffer: &Self::Buffer) -> usize;
+    fn capacity(&self, buffer: &Self::Buffer) -> usize;
     /// A number of its own for every buffer that is not empty: where it lies.
-    fn place(&self, buffer: &Self::Buffer) -> u64;
+    fn address(&self, buffer: &Self::Buffer) -> u64;
     /// Makes another buffer of one that has the room, without another allocation. What it holds then is not defined.
-    fn remake(&self, buffer: &mut Self::Buffer, element: Element, len: usize);
+    fn resize_in_place(&self, buffer: &mut Self::Buffer, element: Element, len: usize);
     /// New token ids.
     fn upload_tokens(&self, tokens: &[u32]) -> Self::Tokens;
     /// Waits for everything that was asked for; whether all of it succeeded.
@@ -116,15 +116,15 @@ pub trait Device: Send + Sync {
         self.free_memory().is_none_or(|free| bytes <= free)
     }
     /// Holds back what is asked for from now on, so that much of it can be asked for at once and, where the same comes again and
-    /// again, for little ([`Device::send`], [`Device::release`]). What is done, and in which order, stays the same, also for other
+    /// again, for little ([`Device::flush`], [`Device::end_capture`]). What is done, and in which order, stays the same, also for other
     /// threads that share the device. Whether this device does so.
-    fn hold(&self) -> bool {
+    fn begin_capture(&self) -> bool {
         false
     }
     /// Asks for all that is held back, and goes on holding. Reading a value does so, too.
-    fn send(&self) {}
-    /// As [`Device::send`], and holds back no more.
-    fn release(&self) {}
+    fn flush(&self) {}
+    /// As [`Device::flush`], and holds back no more.
+    fn end_capture(&self) {}
     /// Bytes that training takes besides its buffers: workspaces of operations, or the program itself, if it shares the memory.
     fn overhead(&self, shape: &AttentionShape, element: Element) -> u64;
     /// The most bytes that were in use at a time, where that is not the program's own memory.
@@ -265,26 +265,26 @@ pub trait Device: Send + Sync {
     /// Treats the moments m and v of one tensor as a restart does.
     fn prune(&self, how: Pruning, m: &mut Self::Buffer, v: &mut Self::Buffer);
 
-    /// A tally of nothing.
-    fn tally(&self) -> Self::Tally;
-    /// Adds `scale · sum losses`, in f64, to the tally's loss.
-    fn tally_losses(&self, scale: f64, losses: &Self::Buffer, tally: &mut Self::Tally);
-    /// Adds the squares of all elements of these buffers, in f64, and then clips: see [`Tally::clip`].
-    fn tally_gradients(&self, gradients: &[&Self::Buffer], max_norm: f64, tally: &mut Self::Tally);
+    /// A stats of nothing.
+    fn step_stats(&self) -> Self::StepStats;
+    /// Adds `scale · sum losses`, in f64, to the stats's loss.
+    fn accumulate_losses(&self, scale: f64, losses: &Self::Buffer, stats: &mut Self::StepStats);
+    /// Adds the squares of all elements of these buffers, in f64, and then clips: see [`StepStats::clip`].
+    fn accumulate_and_clip(&self, gradients: &[&Self::Buffer], max_norm: f64, stats: &mut Self::StepStats);
     /// Puts this process's share of an update's numbers, the loss and a `signal`, in its `place` among those of all processes,
-    /// [`TALLY_SHARE`] elements each.
-    fn share_tally(&self, tally: &Self::Tally, signal: f32, place: usize, shares: &mut Self::Buffer);
-    /// Replaces the tally's loss and signals by those of all processes together.
-    fn join_tally(&self, shares: &Self::Buffer, tally: &mut Self::Tally);
-    /// The tally's numbers: waits for everything that was asked for, and fails if some of it did.
-    fn read_tally(&self, tally: &Self::Tally) -> Result<Tally>;
+    /// [`PACKED_STATS`] elements each.
+    fn pack_step_stats(&self, stats: &Self::StepStats, signal: f32, place: usize, shares: &mut Self::Buffer);
+    /// Replaces the stats's loss and signals by those of all processes together.
+    fn reduce_step_stats(&self, shares: &Self::Buffer, stats: &mut Self::StepStats);
+    /// The stats's numbers: waits for everything that was asked for, and fails if some of it did.
+    fn read_step_stats(&self, stats: &Self::StepStats) -> Result<StepStats>;
 
-    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the tally's factor, and moments `m`,
+    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the stats's factor, and moments `m`,
     /// `v`. Nothing moves where the factor is NaN.
     fn adamw(
         &self,
         step: &AdamW,
-        tally: &Self::Tally,
+        stats: &Self::StepStats,
         p: &mut Self::Buffer,
         g: &Self::Buffer,
         m: &mut Self::Buffer,

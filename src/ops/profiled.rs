@@ -3,7 +3,7 @@
 
 use super::{
     AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised, RopeShape,
-    Rounding, Tally,
+    Rounding, StepStats,
 };
 use crate::error::Result;
 use serde::Serialize;
@@ -136,7 +136,7 @@ impl<D: Device> Device for Profiled<D> {
     type Buffer = D::Buffer;
     type Tokens = D::Tokens;
     type Quantised = D::Quantised;
-    type Tally = D::Tally;
+    type StepStats = D::StepStats;
 
     fn zeros_of(&self, element: Element, len: usize) -> D::Buffer {
         self.note_allocation(len);
@@ -168,16 +168,16 @@ impl<D: Device> Device for Profiled<D> {
         self.device.width(element)
     }
 
-    fn room(&self, buffer: &D::Buffer) -> usize {
-        self.device.room(buffer)
+    fn capacity(&self, buffer: &D::Buffer) -> usize {
+        self.device.capacity(buffer)
     }
 
-    fn place(&self, buffer: &D::Buffer) -> u64 {
-        self.device.place(buffer)
+    fn address(&self, buffer: &D::Buffer) -> u64 {
+        self.device.address(buffer)
     }
 
-    fn remake(&self, buffer: &mut D::Buffer, element: Element, len: usize) {
-        self.time("allocate", |d| d.remake(buffer, element, len));
+    fn resize_in_place(&self, buffer: &mut D::Buffer, element: Element, len: usize) {
+        self.time("allocate", |d| d.resize_in_place(buffer, element, len));
     }
 
     fn upload_tokens(&self, tokens: &[u32]) -> D::Tokens {
@@ -376,40 +376,40 @@ impl<D: Device> Device for Profiled<D> {
         self.time("prune", |d| d.prune(how, m, v));
     }
 
-    fn tally(&self) -> D::Tally {
-        self.time("allocate", |d| d.tally())
+    fn step_stats(&self) -> D::StepStats {
+        self.time("allocate", |d| d.step_stats())
     }
 
-    fn tally_losses(&self, scale: f64, losses: &D::Buffer, tally: &mut D::Tally) {
-        self.time("sum", |d| d.tally_losses(scale, losses, tally));
+    fn accumulate_losses(&self, scale: f64, losses: &D::Buffer, stats: &mut D::StepStats) {
+        self.time("sum", |d| d.accumulate_losses(scale, losses, stats));
     }
 
-    fn tally_gradients(&self, gradients: &[&D::Buffer], max_norm: f64, tally: &mut D::Tally) {
-        self.time("gradient norm", |d| d.tally_gradients(gradients, max_norm, tally));
+    fn accumulate_and_clip(&self, gradients: &[&D::Buffer], max_norm: f64, stats: &mut D::StepStats) {
+        self.time("gradient norm", |d| d.accumulate_and_clip(gradients, max_norm, stats));
     }
 
-    fn share_tally(&self, tally: &D::Tally, signal: f32, place: usize, shares: &mut D::Buffer) {
-        self.time("copy", |d| d.share_tally(tally, signal, place, shares));
+    fn pack_step_stats(&self, stats: &D::StepStats, signal: f32, place: usize, shares: &mut D::Buffer) {
+        self.time("copy", |d| d.pack_step_stats(stats, signal, place, shares));
     }
 
-    fn join_tally(&self, shares: &D::Buffer, tally: &mut D::Tally) {
-        self.time("sum", |d| d.join_tally(shares, tally));
+    fn reduce_step_stats(&self, shares: &D::Buffer, stats: &mut D::StepStats) {
+        self.time("sum", |d| d.reduce_step_stats(shares, stats));
     }
 
-    fn read_tally(&self, tally: &D::Tally) -> Result<Tally> {
-        self.time("download", |d| d.read_tally(tally))
+    fn read_step_stats(&self, stats: &D::StepStats) -> Result<StepStats> {
+        self.time("download", |d| d.read_step_stats(stats))
     }
 
     fn adamw(
         &self,
         step: &AdamW,
-        tally: &D::Tally,
+        stats: &D::StepStats,
         p: &mut D::Buffer,
         g: &D::Buffer,
         m: &mut D::Buffer,
         v: &mut D::Buffer,
     ) {
-        self.time("adamw", |d| d.adamw(step, tally, p, g, m, v));
+        self.time("adamw", |d| d.adamw(step, stats, p, g, m, v));
     }
 }
 

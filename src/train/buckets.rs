@@ -68,7 +68,7 @@ mod tests {
     use crate::{
         collective::Members,
         model::{LlamaConfig, Model},
-        ops::{Cpu, Tally},
+        ops::{Cpu, StepStats},
     };
     use std::sync::Mutex;
 
@@ -128,7 +128,7 @@ mod tests {
                 last = places == [0];
                 buckets.take(device, params, places);
             };
-            model.forward_backward_then(&tokens, 2, 15, 1.0, &mut Tally::default(), &mut ready).unwrap();
+            model.forward_backward_then(&tokens, 2, 15, 1.0, &mut StepStats::default(), &mut ready).unwrap();
             // The embedding comes last, and most of the others have left by then.
             assert!(last && begun + 2 >= *sums.end(), "{begun} of {sums:?}");
             let (device, params) = model.device_and_params_mut();

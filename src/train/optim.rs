@@ -51,15 +51,15 @@ impl<D: Device> Optimizer<D> {
         owners(&shapes, self.holders.world_size())
     }
 
-    /// Adds the gradient of everything trained to the tally, and clips it.
-    pub fn measure(model: &Model<D>, max_norm: f64, tally: &mut D::Tally) {
+    /// Adds the gradient of everything trained to the stats, and clips it.
+    pub fn measure(model: &Model<D>, max_norm: f64, stats: &mut D::StepStats) {
         let gradients: Vec<&D::Buffer> = model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
-        model.device().tally_gradients(&gradients, max_norm, tally);
+        model.device().accumulate_and_clip(&gradients, max_norm, stats);
     }
 
     /// Asks for one update of everything trained. It counts once [`Optimizer::count_update`] says so: whether it moves
-    /// anything is up to the tally, which the host may not have seen yet.
-    pub fn update(&mut self, model: &mut Model<D>, lr: f64, tally: &D::Tally, config: &TrainConfig) -> Result<()> {
+    /// anything is up to the stats, which the host may not have seen yet.
+    pub fn update(&mut self, model: &mut Model<D>, lr: f64, stats: &D::StepStats, config: &TrainConfig) -> Result<()> {
         let owners = self.owners(model.params());
         let rank = self.holders.rank();
         let (device, params) = model.device_and_params_mut();
@@ -82,7 +82,7 @@ impl<D: Device> Optimizer<D> {
                 weight_decay: config.weight_decay,
                 step: moments.t + 1,
             };
-            device.adamw(&hyper, tally, &mut param.value, grad, &mut moments.m, &mut moments.v);
+            device.adamw(&hyper, stats, &mut param.value, grad, &mut moments.m, &mut moments.v);
         }
         if self.holders.world_size() > 1 {
             for (param, owner) in params.iter_mut().zip(owners).filter(|(param, _)| param.grad.is_some()) {

@@ -16,7 +16,7 @@ use crate::{
     collective::{Alone, Collective},
     error::{Error, Result},
     model::{LoraSpec, Model, ParamKind, Store},
-    ops::{Device, Rounding, TALLY_SHARE, Tally},
+    ops::{Device, PACKED_STATS, Rounding, StepStats},
     progress::Cancellation,
 };
 use std::{
@@ -294,10 +294,10 @@ impl<D: Device> Trainer<D> {
     /// One update: forward and backward over the batch, clipping, AdamW.
     pub fn update(&mut self) -> Result<Update> {
         let began = Instant::now();
-        self.holds = self.pace.host_is_slow() && self.model.device().hold();
+        self.holds = self.pace.host_is_slow() && self.model.device().begin_capture();
         let update = self.update_at_once_or_held();
         if self.holds {
-            self.model.device().release();
+            self.model.device().end_capture();
         }
         if let Ok(Update { host_wait, .. }) = &update {
             self.pace.count(*host_wait, began.elapsed());
@@ -320,16 +320,16 @@ impl<D: Device> Trainer<D> {
                 interrupted: self.alone_and_asked(),
             });
         }
-        let tally = self.gradients(t.clip_grad_norm)?;
-        self.optimizer.update(&mut self.model, lr, &tally, &t)?;
+        let stats = self.gradients(t.clip_grad_norm)?;
+        self.optimizer.update(&mut self.model, lr, &stats, &t)?;
         // Where nothing moved, this moves nothing either.
         let (mode, seed, low_rank) = (t.rounding, self.rounding_seed(), self.model.lora().is_some());
         self.round(|kind| !(low_rank && kind == ParamKind::Linear), |at| rounding(mode, seed, at));
 
-        self.model.device().send();
+        self.model.device().flush();
         // Here the host waits, and nowhere else.
         let began = Instant::now();
-        let Tally { loss, squares, factor, signals } = self.model.device().read_tally(&tally)?;
+        let StepStats { loss, squares, factor, signals } = self.model.device().read_step_stats(&stats)?;
         let host_wait = began.elapsed();
         let interrupted = signals > 0.0 || self.alone_and_asked();
         let (grad_norm, applied) = (squares.sqrt(), !factor.is_nan());
@@ -356,12 +356,12 @@ impl<D: Device> Trainer<D> {
 
     /// Forward and backward over the update's batch: the gradients of all processes together are with the parameters, and
     /// measured.
-    fn gradients(&mut self, max_norm: f64) -> Result<D::Tally> {
+    fn gradients(&mut self, max_norm: f64) -> Result<D::StepStats> {
         let (share, len) = (self.share, self.config.data.max_length);
         let seed = mix(self.config.train.seed ^ mix(self.step));
         let collective = self.collective.clone();
         let alone = collective.world_size() == 1;
-        let mut tally = self.model.device().tally();
+        let mut stats = self.model.device().step_stats();
         let mut buckets = Buckets::new(&*collective, BUCKET);
         for pass in 0..share.passes {
             let window = share.first + pass * share.batch;
@@ -376,20 +376,20 @@ impl<D: Device> Trainer<D> {
                     buckets.take(device, params, places);
                 }
             };
-            self.model.forward_backward_then(&self.tokens, share.batch, len, scale, &mut tally, &mut ready)?;
-            self.model.device().send();
+            self.model.forward_backward_then(&self.tokens, share.batch, len, scale, &mut stats, &mut ready)?;
+            self.model.device().flush();
         }
         if !alone {
             let device = self.model.device();
-            let mut numbers = device.zeros(TALLY_SHARE * collective.world_size());
+            let mut numbers = device.zeros(PACKED_STATS * collective.world_size());
             let signal = if self.cancellation.is_cancelled() { 1.0 } else { 0.0 };
-            device.share_tally(&tally, signal, collective.rank(), &mut numbers);
+            device.pack_step_stats(&stats, signal, collective.rank(), &mut numbers);
             let (device, params) = self.model.device_and_params_mut();
             let numbers = buckets.finish(device, params, numbers)?;
-            device.join_tally(&numbers, &mut tally);
+            device.reduce_step_stats(&numbers, &mut stats);
         }
-        Optimizer::measure(&self.model, max_norm, &mut tally);
-        Ok(tally)
+        Optimizer::measure(&self.model, max_norm, &mut stats);
+        Ok(stats)
     }
 
     /// Whether the only process is to stop. Several agree on it, by the numbers of an update.

@@ -2,7 +2,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod autograd;
-pub mod cuda_double;
+pub mod cuda_emulator;
 pub mod entry_points;
 pub mod fixtures;
 pub mod processes;

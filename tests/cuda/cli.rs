@@ -1,9 +1,9 @@
-//! `--device cuda`: the program on the test double of CUDA's libraries, and on machines where something is missing.
+//! `--device cuda`: the program on the CUDA emulator of CUDA's libraries, and on machines where something is missing.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use crate::common;
 use crate::common::{
-    cuda_double::{folder, set_environment},
+    cuda_emulator::{folder, set_environment},
     entries,
 };
 use relora_kit::{checkpoint::Checkpoint, ops::FOLDERS_VARIABLE};
@@ -66,7 +66,7 @@ impl Workshop {
         self.0.path().join(name)
     }
 
-    /// The program with the double; code, stdout and stderr.
+    /// The program with the emulator; code, stdout and stderr.
     fn run(&self, args: &[&str], environment: &[(&str, &str)]) -> (i32, String, String) {
         let mut command = common::relora_kit();
         set_environment(&mut command);
@@ -148,7 +148,7 @@ fn no_bit_depends_on_the_order_of_blocks_and_threads() {
     let workshop = Workshop::new();
     let run = |seed: &str| {
         let name = format!("seed{seed}");
-        let run = workshop.trains(&name, &["--device", "cuda"], &[("CUDA_DOUBLE_SEED", seed)]);
+        let run = workshop.trains(&name, &["--device", "cuda"], &[("CUDA_EMULATOR_SEED", seed)]);
         (updates(&run), fs::read(run.join(FINAL)).unwrap())
     };
     let first = run("1");
@@ -163,7 +163,7 @@ fn graphs_that_cannot_be_had_are_not_needed() {
         fs::read(workshop.trains(&format!("{graphs} {environment:?}"), &more, environment).join(FINAL)).unwrap()
     };
     let plain = with("false", &[]);
-    assert!(with("true", &[]) == plain && with("true", &[("CUDA_DOUBLE_NO_GRAPHS", "1")]) == plain);
+    assert!(with("true", &[]) == plain && with("true", &[("CUDA_EMULATOR_NO_GRAPHS", "1")]) == plain);
 }
 
 #[test]
@@ -177,8 +177,8 @@ fn a_lost_gpu_ends_the_run_and_it_resumes_anywhere() {
         ("c", "cuda", "40", &[]),
         ("d", "cuda", "2000", graphs),
     ] {
-        let lost = [("CUDA_DOUBLE_LOSE_AFTER", launches)];
-        let parts = ["device 'cuda:0' (CUDA test double) failed while it worked", "--resume", "--device cpu"];
+        let lost = [("CUDA_EMULATOR_LOSE_AFTER", launches)];
+        let parts = ["device 'cuda:0' (CUDA emulator) failed while it worked", "--resume", "--device cpu"];
         workshop.fails(output, more, &lost, &parts);
         let made = updates(&workshop.path(output)).len();
         assert!(made < 14, "the GPU was not lost in time");
@@ -199,11 +199,11 @@ fn out_of_memory_is_a_sentence() {
     let parts = ["is out of memory", "MiB were asked for", "are free", "train.batch_size"];
     // Not even what cuBLAS wants for itself (8 MiB) fits, or not even the weights beside it: nothing is left behind.
     for memory in ["40000", "8430000"] {
-        workshop.fails("none", &[], &[("CUDA_DOUBLE_MEMORY", memory)], &parts);
+        workshop.fails("none", &[], &[("CUDA_EMULATOR_MEMORY", memory)], &parts);
         assert!(!workshop.path("none").exists());
     }
     // The weights and their gradients fit, the activations do not.
-    workshop.fails("some", &[], &[("CUDA_DOUBLE_MEMORY", "8520000")], &parts);
+    workshop.fails("some", &[], &[("CUDA_EMULATOR_MEMORY", "8520000")], &parts);
     let (code, _, stderr) = workshop.run(&["train", "--resume", "some"], &[]);
     assert_eq!(code, 0, "{stderr}");
     assert_eq!(updates(&workshop.path("some")).len(), 14);
@@ -217,13 +217,13 @@ fn a_gpu_that_is_not_there_is_a_sentence() {
         ("cuda:7", "2", "there are 2 GPUs, cuda:0 to cuda:1"),
         ("cuda", "0", "device 'cuda:0' is unavailable: the NVIDIA driver finds no GPU"),
     ] {
-        let (code, _, stderr) = workshop.train("run", &["--device", device], &[("CUDA_DOUBLE_DEVICES", count)]);
+        let (code, _, stderr) = workshop.train("run", &["--device", device], &[("CUDA_EMULATOR_DEVICES", count)]);
         assert!(code == 3 && stderr.contains(part), "{stderr}");
     }
     workshop.fails(
         "run",
         &[],
-        &[("CUDA_DOUBLE_VERSION", "11040")],
+        &[("CUDA_EMULATOR_VERSION", "11040")],
         &["supports CUDA 11.4", "update the NVIDIA driver"],
     );
     assert!(!workshop.path("run").exists());
@@ -311,7 +311,7 @@ fn a_gpu_without_bf16_computes_in_f32_and_says_so() {
     let workshop = Workshop::new();
     let more = ["--set", "train.mixed_precision=bf16"];
     let warning = "the device has no bf16: frozen weights are rounded to it, everything is computed in f32";
-    let old = [("CUDA_DOUBLE_CAPABILITY", "75")];
+    let old = [("CUDA_EMULATOR_CAPABILITY", "75")];
     let (code, _, stderr) = workshop.train("old", &[&["--device", "cuda"], &more[..]].concat(), &old);
     assert!(code == 0 && stderr.contains(warning), "{stderr}");
     let (code, _, stderr) = workshop.train("cpu", &more, &[]);
@@ -348,6 +348,6 @@ fn a_device_of_another_kind_is_refused() {
     assert!(code == 2 && stderr.contains("expected cpu, cuda or cuda:N"), "{stderr}");
     // The configuration is looked at before the GPU.
     let (code, _, stderr) =
-        workshop.train("run", &["--device", "cuda", "--set", "train.unknown=1"], &[("CUDA_DOUBLE_DEVICES", "0")]);
+        workshop.train("run", &["--device", "cuda", "--set", "train.unknown=1"], &[("CUDA_EMULATOR_DEVICES", "0")]);
     assert!(code == 2 && stderr.contains("unknown field"), "{stderr}");
 }

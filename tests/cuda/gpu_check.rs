@@ -1,8 +1,8 @@
-//! `tools/gpu-check` from packing to the table, on the test double of CUDA's libraries and a stand-in for nvidia-smi.
+//! `tools/gpu-check` from packing to the table, on the CUDA emulator of CUDA's libraries and a stand-in for nvidia-smi.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use crate::common;
-use crate::common::cuda_double::{folder, program};
+use crate::common::cuda_emulator::{folder, program};
 use relora_kit::ops::FOLDERS_VARIABLE;
 use serde_json::Value;
 use std::{
@@ -33,7 +33,7 @@ impl Workshop {
         let mut command = Command::new(script);
         command.args(args).env("PATH", path).env(FOLDERS_VARIABLE, self.path("libraries"));
         command.env("XDG_CACHE_HOME", folder()).env_remove("LD_LIBRARY_PATH").env_remove("CUDA_VISIBLE_DEVICES");
-        command.env("CUDA_DOUBLE_DEVICES", "2");
+        command.env("CUDA_EMULATOR_DEVICES", "2");
         command.output().unwrap()
     }
 

@@ -1,4 +1,4 @@
-//! Training on the CUDA test double, and the programs that check the GPU code.
+//! Training on the CUDA emulator, and the programs that check the GPU code.
 #![allow(missing_docs)]
 
 #[path = "../common/mod.rs"]

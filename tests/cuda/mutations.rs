@@ -1,7 +1,7 @@
 //! Kernels broken on purpose, one at a time: the tests of `tests/cuda_ops` notice each. `docs/gpu.md` shows the list.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-use crate::common::cuda_double::{MUTATION, folder, program};
+use crate::common::cuda_emulator::{MUTATION, folder, program};
 use rayon::prelude::*;
 use std::{fs, path::Path, process::Command};
 

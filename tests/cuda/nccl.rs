@@ -1,7 +1,7 @@
-//! Sums over GPUs by NCCL, in processes of their own, on the test double of CUDA's libraries.
+//! Sums over GPUs by NCCL, in processes of their own, on the CUDA emulator of CUDA's libraries.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-use crate::common::cuda_double::{folder, open};
+use crate::common::cuda_emulator::{folder, open};
 use relora_kit::{
     collective::{Alone, Collective, Job, Members, Nccl, OnEnding, Ranks},
     model::{LlamaConfig, LoraSpec, Model, Param, ParamKind},
@@ -43,7 +43,7 @@ fn values(rank: usize, len: usize) -> Vec<f32> {
     (0..len).map(|i| ((i * 37 + rank * 101) % 1009) as f32 / 7.0 * [1.0, -1e4, 1e-3][(i + rank) % 3]).collect()
 }
 
-/// More than a piece of the double, a few, one, none.
+/// More than a piece of the emulator, a few, one, none.
 const LENGTHS: [usize; 4] = [3 * 65536 + 11, 1003, 1, 0];
 
 fn join(device: &Cuda) -> (Arc<Job>, impl Collective<Cuda>) {
@@ -89,8 +89,8 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
             pending.push((places, collective.begin_all_reduce(device, gradients)));
         };
         let scale = 1.0 / collective.world_size() as f32;
-        let mut tally = model.device().tally();
-        model.forward_backward_then(&tokens, share, LEN, scale, &mut tally, &mut ready).unwrap();
+        let mut stats = model.device().step_stats();
+        model.forward_backward_then(&tokens, share, LEN, scale, &mut stats, &mut ready).unwrap();
         for (places, sum) in pending {
             for (i, gradient) in places.into_iter().zip(sum(model.device()).unwrap()) {
                 model.params_mut()[i].grad = Some(gradient);
@@ -104,7 +104,7 @@ fn train(device: &Cuda, collective: &dyn Collective<Cuda>, low_rank: bool) -> Ve
         }
         model.zero_grad();
         model.device().status().unwrap();
-        let all = collective.gather(&model.device().read_tally(&tally).unwrap().loss.to_le_bytes()).unwrap();
+        let all = collective.gather(&model.device().read_step_stats(&stats).unwrap().loss.to_le_bytes()).unwrap();
         losses.push(all.iter().map(|bytes| f64::from_le_bytes(bytes[..].try_into().unwrap())).sum());
     }
     losses
@@ -204,10 +204,10 @@ fn a_process_that_dies_ends_the_others_while_they_wait_for_its_sum() {
 
 #[test]
 fn a_network_that_fails_is_a_sentence() {
-    let ended = end(start("sums", 2, &[("CUDA_DOUBLE_NCCL_FAIL_AFTER", "4")]));
+    let ended = end(start("sums", 2, &[("CUDA_EMULATOR_NCCL_FAIL_AFTER", "4")]));
     assert!(ended.iter().all(|(code, _)| *code == Some(3)), "{ended:?}");
     // The slower one may hear first that the other is gone.
-    let parts = ["device 'cuda:0' (CUDA test double): ncclAllReduce failed: remote process exited", "--resume"];
+    let parts = ["device 'cuda:0' (CUDA emulator): ncclAllReduce failed: remote process exited", "--resume"];
     assert!(ended.iter().any(|(_, text)| parts.iter().all(|part| text.contains(part))), "{ended:?}");
 }
 

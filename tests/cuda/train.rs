@@ -1,9 +1,9 @@
-//! Training on the test double, seen from inside: how often the host waits, what memory is taken, and what mixed precision
+//! Training on the CUDA emulator, seen from inside: how often the host waits, what memory is taken, and what mixed precision
 //! changes.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use crate::common;
-use crate::common::cuda_double::{folder, open};
+use crate::common::cuda_emulator::{folder, open};
 use relora_kit::{
     collective::{Alone, Collective},
     model::Model,
@@ -24,10 +24,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-/// The double counts for the whole process.
+/// The emulator counts for the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// One of the double's counters.
+/// One of the emulator's counters.
 fn counter(name: &str) -> u64 {
     // SAFETY: the double is loaded already; the function takes nothing and returns its number.
     unsafe {
@@ -129,9 +129,9 @@ fn the_host_waits_once_per_update() {
                 trainer.freeze_projections();
                 trainer.start_cycles().unwrap();
             }
-            let before = counter("cuda_double_waits");
+            let before = counter("cuda_emulator_waits");
             trainer.update().unwrap();
-            assert_eq!(counter("cuda_double_waits") - before, 1, "{set:?}, update {}", trainer.step);
+            assert_eq!(counter("cuda_emulator_waits") - before, 1, "{set:?}, update {}", trainer.step);
             if trainer.restart_is_due() {
                 trainer.restart();
             }
@@ -154,10 +154,10 @@ fn what_the_plan_reserves_is_enough() {
         ("mixed, few bits", FEW_BITS[1]),
     ] {
         let device = open();
-        let before = counter("cuda_double_growths");
+        let before = counter("cuda_emulator_growths");
         let summary = train(device, workshop.path(), name, &[&wide[..], set].concat());
         // The reservation itself, and nothing after it.
-        assert_eq!(counter("cuda_double_growths") - before, 1, "{name}");
+        assert_eq!(counter("cuda_emulator_growths") - before, 1, "{name}");
         assert!(summary.device_peak_memory.unwrap() > 1 << 20, "{name}");
     }
 }
@@ -286,10 +286,10 @@ fn graphs_change_no_bit() {
     let weights = |run: &Path| fs::read(run.join("checkpoints/step-16/model.safetensors")).unwrap();
     for (name, set) in WAYS {
         let with = |graphs: &str| {
-            let before = counter("cuda_double_graphs");
+            let before = counter("cuda_emulator_graphs");
             let own = format!("train.cuda_graphs={graphs}");
             let run = train(open(), workshop.path(), &format!("{name} {graphs}"), &[set, &[&own]].concat()).run;
-            (run, counter("cuda_double_graphs") - before)
+            (run, counter("cuda_emulator_graphs") - before)
         };
         let ((plain, none), (graphs, started)) = (with("false"), with("true"));
         assert_eq!(losses(&graphs), losses(&plain), "{name}");
@@ -314,7 +314,7 @@ fn asked(workshop: &Path, layers: usize, passes: usize, windows: usize, set: &[&
         }
         trainer.update().unwrap();
     }
-    let counters = || ["cuda_double_requests", "cuda_double_memory_requests"].map(|name| counter(name) as i64);
+    let counters = || ["cuda_emulator_requests", "cuda_emulator_memory_requests"].map(|name| counter(name) as i64);
     let before = counters();
     trainer.update().unwrap();
     std::array::from_fn(|i| counters()[i] - before[i])
@@ -369,13 +369,13 @@ fn memory_kept_for_held_requests_goes_back_when_it_runs_out() {
     let _one = ONE_AT_A_TIME.lock();
     let device = open();
     let gib = 1 << 28;
-    assert!(device.hold());
+    assert!(device.begin_capture());
     drop(device.zeros(gib));
     let ones = device.upload(&[1.0; 100]);
     // Of 2 GiB. From here on, nothing is held back.
     let zeros = device.zeros(gib + gib / 2);
     device.status().unwrap();
     assert!(device.read(&ones) == [1.0; 100] && device.len(&zeros) == gib + gib / 2);
-    assert!(!device.hold());
-    device.release();
+    assert!(!device.begin_capture());
+    device.end_capture();
 }

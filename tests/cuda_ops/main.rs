@@ -1,16 +1,16 @@
 //! Every operation on a GPU against its CPU twin, on shapes that are multiples of nothing. Without a GPU: on the test
-//! double of `tests/cuda_double`, which watches bounds, barriers and the order of blocks.
+//! double of `tests/cuda_emulator`, which watches bounds, barriers and the order of blocks.
 #![allow(missing_docs)]
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 #[path = "../common/mod.rs"]
 mod common;
-mod held;
+mod launch_queue;
 
-use common::cuda_double::cuda;
+use common::cuda_emulator::cuda;
 use relora_kit::ops::{
-    AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, Pruning, Quantisation,
-    RopeShape, Rounding, Scales, TALLY_SHARE,
+    AdamW, AttentionShape, Cpu, Device, Dropout, Element, Factor, IGNORE, Mat, MatMut, PACKED_STATS, Pruning,
+    Quantisation, RopeShape, Rounding, Scales,
 };
 
 /// Values in (-1, 1), the same for the same `seed`.
@@ -25,7 +25,7 @@ fn noise(seed: u64, len: usize) -> Vec<f32> {
 
 /// Runs `$body` on both devices; it returns named results. Their largest differences are within `$tolerance` of the largest
 /// values; with 0, they are equal bit for bit.
-macro_rules! twins {
+macro_rules! same_on_both {
     ($what:expr, $tolerance:expr, |$device:ident| $body:expr) => {{
         let expected: Vec<(&str, Vec<f32>)> = {
             let $device = &Cpu;
@@ -82,7 +82,7 @@ const LENGTHS: [usize; 5] = [0, 1, 77, 1003, 4096 * 256 + 13];
 #[test]
 fn loops_over_whole_buffers() {
     for n in LENGTHS {
-        twins!(format!("{n} elements"), 1e-7, |device| {
+        same_on_both!(format!("{n} elements"), 1e-7, |device| {
             let (mut x, mut y, mut filled) =
                 (device.upload(&noise(1, n)), device.upload(&noise(2, n)), device.zeros(n));
             device.axpy(0.3, &x, &mut y);
@@ -131,16 +131,16 @@ fn copies_become_bf16_and_f32_again() {
 
 #[test]
 fn a_buffer_gets_shorter_and_as_long_again() {
-    twins!("lengths", 1e-7, |device| {
+    same_on_both!("lengths", 1e-7, |device| {
         let (mut x, mut y) = (device.upload(&noise(1, 300)), device.upload(&noise(2, 200)));
-        let room = device.room(&x);
-        device.remake(&mut x, Element::F32, 100);
-        device.remake(&mut y, Element::F32, 100);
-        assert!(device.len(&x) == 100 && device.room(&x) == room && room >= 1200);
+        let room = device.capacity(&x);
+        device.resize_in_place(&mut x, Element::F32, 100);
+        device.resize_in_place(&mut y, Element::F32, 100);
+        assert!(device.len(&x) == 100 && device.capacity(&x) == room && room >= 1200);
         let short = device.read(&x);
         device.axpy(0.5, &x, &mut y);
         device.copy(&y, &mut x);
-        device.remake(&mut y, Element::F32, 200);
+        device.resize_in_place(&mut y, Element::F32, 200);
         // What lies beyond the shorter length is not defined.
         let y = device.read(&y)[..100].to_vec();
         vec![("short", short), ("x", device.read(&x)), ("y", y)]
@@ -154,7 +154,7 @@ fn rounding_to_bf16_has_the_cpus_bits() {
         let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1.003_906_2, 1.011_718_8];
         x.iter_mut().zip(special).for_each(|(x, s)| *x = s);
         for rounding in [Rounding::Nearest, Rounding::Stochastic(0x1234_5678_9abc_def1)] {
-            twins!(format!("{rounding:?} {n}"), 0.0, |device| {
+            same_on_both!(format!("{rounding:?} {n}"), 0.0, |device| {
                 let mut x = device.upload(&x);
                 device.round_to_bf16(rounding, &mut x);
                 vec![("x", device.read(&x))]
@@ -169,7 +169,7 @@ fn dropout_drops_what_the_cpu_drops() {
         let dropout = Dropout { p: 0.3, key: 0xfeed_beef_1234_5678, first_run: (n % 3) as u64 };
         for element in ELEMENTS {
             let tolerance = if element == Element::F32 { 0.0 } else { rounded(element, 0.0) };
-            twins!(format!("{n} {element:?}"), tolerance, |device| {
+            same_on_both!(format!("{n} {element:?}"), tolerance, |device| {
                 let upload = |seed, n| upload_as(device, element, noise(seed, n));
                 let (x, mut y) = (upload(1, n), upload(2, n + 5));
                 let (dy, mut dx) = (upload(3, n + 5), upload(4, n));
@@ -193,7 +193,7 @@ fn products_of_every_orientation() {
                 use Element::{Bf16, F32};
                 for (element, result) in [(F32, F32), (Bf16, F32), (Bf16, Bf16)] {
                     let what = format!("{m} x {k} x {n} {ta} {tb} {beta} {element:?} {result:?}");
-                    twins!(what, rounded(result, 2e-6), |device| {
+                    same_on_both!(what, rounded(result, 2e-6), |device| {
                         let stored = |t: bool, r, c| if t { (c, r) } else { (r, c) };
                         let ((ar, ac), (br, bc)) = (stored(ta, m, k), stored(tb, k, n));
                         // Rows before and after, which are not to be touched.
@@ -227,7 +227,7 @@ fn products_of_every_orientation() {
 fn a_trained_factor_gets_its_gradient() {
     for n in LENGTHS {
         for element in ELEMENTS {
-            twins!(format!("{n} {element:?}"), 1e-6, |device| {
+            same_on_both!(format!("{n} {element:?}"), 1e-6, |device| {
                 let upload = |seed| upload_as(device, element, noise(seed, n));
                 let (p, mut dp) = (device.upload(&[0.4]), device.upload(&[3.0]));
                 device.tanh_backward(&p, &upload(1), &upload(2), &mut dp);
@@ -240,7 +240,7 @@ fn a_trained_factor_gets_its_gradient() {
 
 #[test]
 fn products_in_tf32_differ_and_only_while_allowed() {
-    let device = common::cuda_double::open();
+    let device = common::cuda_emulator::open();
     let (a, b) = (noise(1, 12), noise(2, 12));
     let product = || {
         let (a, b, mut c) = (device.upload(&a), device.upload(&b), device.zeros(9));
@@ -262,7 +262,7 @@ fn embedding_gathers_and_adds_in_the_order_of_the_rows() {
         let tokens: Vec<u32> = (0..rows).map(|i| (i * i * 7919 % vocab) as u32).collect();
         for element in ELEMENTS {
             let tolerance = if element == Element::F32 { 0.0 } else { rounded(element, 0.0) };
-            twins!(format!("{vocab} {width} {rows} {element:?}"), tolerance, |device| {
+            same_on_both!(format!("{vocab} {width} {rows} {element:?}"), tolerance, |device| {
                 let (ids, table) = (device.upload_tokens(&tokens), device.upload(&noise(1, vocab * width)));
                 let (mut y, dy) =
                     (device.zeros_of(element, rows * width), upload_as(device, element, noise(2, rows * width)));
@@ -279,7 +279,7 @@ fn embedding_gathers_and_adds_in_the_order_of_the_rows() {
 fn rms_norm_forward_and_backward() {
     for (rows, width) in [(1, 1), (67, 37), (3, 256), (130, 300), (5, 1037)] {
         for element in ELEMENTS {
-            twins!(format!("{rows} x {width} {element:?}"), rounded(element, 2e-6), |device| {
+            same_on_both!(format!("{rows} x {width} {element:?}"), rounded(element, 2e-6), |device| {
                 let upload = |seed| upload_as(device, element, noise(seed, rows * width));
                 let (x, weight) = (upload(1), device.upload(&noise(2, width)));
                 let (mut y, mut rstd) = (upload(3), device.upload(&noise(4, rows)));
@@ -313,7 +313,7 @@ fn rope_turns_and_turns_back() {
         let angles = noise(1, (len + 2) * head_dim / 2); // a table longer than the windows
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
         for element in ELEMENTS {
-            twins!(format!("{shape:?} {element:?}"), rounded(element, 1e-7), |device| {
+            same_on_both!(format!("{shape:?} {element:?}"), rounded(element, 1e-7), |device| {
                 let (cos, sin) = (device.upload(&cos), device.upload(&sin));
                 let (mut x, mut dx) =
                     (upload_as(device, element, noise(2, n)), upload_as(device, element, noise(3, n)));
@@ -332,7 +332,7 @@ fn attention(shapes: &[(usize, usize, usize, usize, usize)]) {
         for element in ELEMENTS {
             // Probabilities and their gradients are rounded to bf16 before they meet values and keys.
             let tolerance = if element == Element::F32 { 3e-6 } else { 2.0 * rounded(element, 0.0) };
-            twins!(format!("{shape:?} {element:?}"), tolerance, |device| attention_on(device, shape, element));
+            same_on_both!(format!("{shape:?} {element:?}"), tolerance, |device| attention_on(device, shape, element));
         }
     }
 }
@@ -354,7 +354,7 @@ fn attention_on<D: Device>(device: &D, shape: AttentionShape, element: Element) 
 /// The other way of each: scores as a whole in f32, with factors rounded to TF32, and tiles of bf16.
 #[test]
 fn attention_the_other_way() {
-    let tf32 = common::cuda_double::open();
+    let tf32 = common::cuda_emulator::open();
     tf32.allow_tf32(true);
     for (batch, len, heads, kv_heads, head_dim) in [(2, 5, 3, 3, 6), (1, 67, 4, 2, 33), (2, 33, 6, 2, 128)] {
         let shape = AttentionShape { batch, len, heads, kv_heads, head_dim };
@@ -370,7 +370,7 @@ fn attention_the_other_way() {
     for (heads, kv_heads, head_dim) in [(1, 1, 2), (2, 1, 70)] {
         let shape = AttentionShape { batch: 1, len: 4097, heads, kv_heads, head_dim };
         let tolerance = 2.0 * rounded(Element::Bf16, 0.0);
-        twins!(format!("{shape:?}"), tolerance, |device| attention_on(device, shape, Element::Bf16));
+        same_on_both!(format!("{shape:?}"), tolerance, |device| attention_on(device, shape, Element::Bf16));
     }
 }
 
@@ -394,7 +394,7 @@ fn swiglu_forward_and_backward() {
     for n in LENGTHS {
         let wide = |seed| noise(seed, n).iter().map(|x| 8.0 * x).collect::<Vec<f32>>();
         for element in ELEMENTS {
-            twins!(format!("{n} {element:?}"), rounded(element, 1e-6), |device| {
+            same_on_both!(format!("{n} {element:?}"), rounded(element, 1e-6), |device| {
                 let upload = |values| upload_as(device, element, values);
                 let (mut gate, mut up, mut y) = (upload(wide(1)), upload(wide(2)), device.zeros_of(element, n + 3));
                 device.swiglu_forward(&gate, &up, &mut y);
@@ -412,7 +412,7 @@ fn cross_entropy_of_some_rows() {
         let targets = [1, 0, IGNORE, last, last / 2, IGNORE, 1];
         let (first, rows) = (2, 4);
         for (scale, element) in [None, Some(0.25)].into_iter().flat_map(|s| ELEMENTS.map(|e| (s, e))) {
-            twins!(format!("{vocab} {scale:?} {element:?}"), rounded(element, 2e-6), |device| {
+            same_on_both!(format!("{vocab} {scale:?} {element:?}"), rounded(element, 2e-6), |device| {
                 let logits: Vec<f32> = noise(1, (rows + 1) * vocab).iter().map(|x| 20.0 * x).collect();
                 let (ids, mut logits) = (device.upload_tokens(&targets), upload_as(device, element, logits));
                 let mut losses = device.upload(&noise(2, targets.len()));
@@ -441,7 +441,7 @@ fn few_bits_are_the_cpus_bits() {
                 values.iter_mut().take(64).for_each(|x| *x = 0.0);
                 // In bf16 the values are rounded once more.
                 let tolerance = if element == Element::F32 { 0.0 } else { rounded(element, 0.0) };
-                twins!(format!("{rows} x {cols} {how:?} {element:?}"), tolerance, |device| {
+                same_on_both!(format!("{rows} x {cols} {how:?} {element:?}"), tolerance, |device| {
                     let quantised = device.quantise(how, rows, cols, &device.upload(&values));
                     let parts = device.read_quantised(&quantised);
                     let again = device.upload_quantised(&parts);
@@ -473,7 +473,7 @@ fn pruning_keeps_what_the_cpu_keeps() {
             let magnitudes = [0.1, 0.5, 0.9, 0.999].map(magnitude);
             let others = [Pruning::Zero, Pruning::Random { ratio: 0.7, key: 0xfeed_beef_1234_5678 }];
             for how in magnitudes.as_flattened().iter().chain(&others) {
-                twins!(format!("{n} {how:?}"), 0.0, |device| {
+                same_on_both!(format!("{n} {how:?}"), 0.0, |device| {
                     let (mut m, mut v) = (device.upload(&values), device.upload(&noise(2, n)));
                     device.prune(*how, &mut m, &mut v);
                     vec![("m", device.read(&m)), ("v", device.read(&v))]
@@ -485,16 +485,16 @@ fn pruning_keeps_what_the_cpu_keeps() {
 
 #[test]
 fn processes_share_the_numbers_of_an_update() {
-    twins!("", 0.0, |device| {
-        let mut shares = device.zeros(3 * TALLY_SHARE);
+    same_on_both!("", 0.0, |device| {
+        let mut shares = device.zeros(3 * PACKED_STATS);
         let mut tallies = [1e-3, 1.0 / 3.0, 7.0].map(|scale| {
-            let mut tally = device.tally();
-            device.tally_losses(scale, &device.upload(&noise(1, 7)), &mut tally);
-            tally
+            let mut stats = device.step_stats();
+            device.accumulate_losses(scale, &device.upload(&noise(1, 7)), &mut stats);
+            stats
         });
-        tallies.iter().enumerate().for_each(|(i, tally)| device.share_tally(tally, i as f32, i, &mut shares));
-        device.join_tally(&shares, &mut tallies[0]);
-        let [sum, first, ..] = tallies.each_ref().map(|tally| device.read_tally(tally).unwrap());
+        tallies.iter().enumerate().for_each(|(i, stats)| device.pack_step_stats(stats, i as f32, i, &mut shares));
+        device.reduce_step_stats(&shares, &mut tallies[0]);
+        let [sum, first, ..] = tallies.each_ref().map(|stats| device.read_step_stats(stats).unwrap());
         let expected: f64 = first.loss / (1.0 / 3.0) * (1e-3 + 1.0 / 3.0 + 7.0);
         assert!((sum.loss / expected - 1.0).abs() < 1e-15 && sum.signals == 3.0, "{sum:?} {expected}");
         vec![("shares", device.read(&shares))]
@@ -504,19 +504,19 @@ fn processes_share_the_numbers_of_an_update() {
 #[test]
 fn a_tally_adds_losses_and_squares_and_clips() {
     for (max_norm, loss) in [(0.5, 1.0), (1e9, 1.0), (0.0, 1.0), (0.5, f32::NAN), (0.5, f32::INFINITY)] {
-        twins!(format!("{max_norm} {loss}"), 1e-7, |device| {
-            let mut tally = device.tally();
-            device.tally_losses(0.25, &device.upload(&noise(1, 1003)), &mut tally);
-            device.tally_losses(0.5, &device.upload(&[loss, 3.0]), &mut tally);
+        same_on_both!(format!("{max_norm} {loss}"), 1e-7, |device| {
+            let mut stats = device.step_stats();
+            device.accumulate_losses(0.25, &device.upload(&noise(1, 1003)), &mut stats);
+            device.accumulate_losses(0.5, &device.upload(&[loss, 3.0]), &mut stats);
             let gradients = [77, 0, 4096 * 256 + 13].map(|n| device.upload(&noise(2, n)));
-            device.tally_gradients(&gradients.each_ref(), max_norm, &mut tally);
-            let tally = device.read_tally(&tally).unwrap();
-            assert_eq!(tally.factor.is_nan(), !loss.is_finite());
+            device.accumulate_and_clip(&gradients.each_ref(), max_norm, &mut stats);
+            let stats = device.read_step_stats(&stats).unwrap();
+            assert_eq!(stats.factor.is_nan(), !loss.is_finite());
             // Apart, since their sizes differ; a factor that is not a number has some bits or other.
-            let factor = if tally.factor.is_nan() { 0.0 } else { tally.factor };
+            let factor = if stats.factor.is_nan() { 0.0 } else { stats.factor };
             vec![
-                ("loss", vec![tally.loss as f32]),
-                ("squares", vec![tally.squares as f32]),
+                ("loss", vec![stats.loss as f32]),
+                ("squares", vec![stats.squares as f32]),
                 ("factor", vec![factor as f32]),
             ]
         });
@@ -526,17 +526,17 @@ fn a_tally_adds_losses_and_squares_and_clips() {
 #[test]
 fn adamw_updates() {
     for n in LENGTHS {
-        twins!(format!("{n} elements"), 1e-6, |device| {
+        same_on_both!(format!("{n} elements"), 1e-6, |device| {
             let mut step = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 0 };
             let (mut p, mut m, mut v) = (device.upload(&noise(1, n)), device.zeros(n), device.zeros(n));
             for t in 1..=4 {
                 step.step = t;
                 let gradient = device.upload(&noise(10 + t, n));
-                let mut tally = device.tally();
+                let mut stats = device.step_stats();
                 // The fourth one does not count.
-                device.tally_losses(1.0, &device.upload(&[if t == 4 { f32::NAN } else { 1.0 }]), &mut tally);
-                device.tally_gradients(&[&gradient], 0.5, &mut tally);
-                device.adamw(&step, &tally, &mut p, &gradient, &mut m, &mut v);
+                device.accumulate_losses(1.0, &device.upload(&[if t == 4 { f32::NAN } else { 1.0 }]), &mut stats);
+                device.accumulate_and_clip(&[&gradient], 0.5, &mut stats);
+                device.adamw(&step, &stats, &mut p, &gradient, &mut m, &mut v);
             }
             vec![("p", device.read(&p)), ("m", device.read(&m)), ("v", device.read(&v))]
         });

@@ -1,10 +1,10 @@
-//! `relora-kit merge --device cuda`, on the test double of CUDA's libraries.
+//! `relora-kit merge --device cuda`, on the CUDA emulator of CUDA's libraries.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use crate::common;
 use crate::common::synthetic_run::noise;
 use crate::common::{
-    cuda_double::{folder, set_environment},
+    cuda_emulator::{folder, set_environment},
     entries, f32_bytes, write_tensors,
 };
 use relora_kit::{
@@ -92,7 +92,7 @@ impl Workshop {
         self.0.path().join(name)
     }
 
-    /// `merge --base base.safetensors --threads 1` and more, with the double; code, stdout and stderr.
+    /// `merge --base base.safetensors --threads 1` and more, with the emulator; code, stdout and stderr.
     fn run(&self, args: &[&str], environment: &[(&str, &str)]) -> (i32, String, String) {
         let mut command = common::relora_kit();
         set_environment(&mut command);
@@ -201,9 +201,9 @@ fn a_gpu_that_is_lost_or_full_or_absent_leaves_nothing_behind() {
         }
         assert_eq!(entries(workshop.0.path()), before);
     };
-    fails(&[("CUDA_DOUBLE_LOSE_AFTER_CALLS", "2")], &["failed while it worked", "--device cpu"]);
-    fails(&[("CUDA_DOUBLE_MEMORY", "100000")], &["is out of memory", "--device cpu"]);
-    fails(&[("CUDA_DOUBLE_DEVICES", "0")], &["device 'cuda:0' is unavailable"]);
+    fails(&[("CUDA_EMULATOR_LOSE_AFTER_CALLS", "2")], &["failed while it worked", "--device cpu"]);
+    fails(&[("CUDA_EMULATOR_MEMORY", "100000")], &["is out of memory", "--device cpu"]);
+    fails(&[("CUDA_EMULATOR_DEVICES", "0")], &["device 'cuda:0' is unavailable"]);
 }
 
 /// Neither the compiler of kernels nor cuSOLVER is needed.

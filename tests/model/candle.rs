@@ -5,7 +5,7 @@
 use crate::common::autograd::{
     assert_close, attention, cross_entropy, grad, indices, noise, rms_norm, rope, swiglu, values, var,
 };
-use crate::common::cuda_double::on_both_devices;
+use crate::common::cuda_emulator::on_both_devices;
 use candle_core::{Result, Tensor, Var};
 use relora_kit::{
     model::{LlamaConfig, LoraSpec, Model, ParamKind, ProductChoice},

@@ -1,6 +1,6 @@
 //! Loss and gradients of one batch against PyTorch in f64, on both devices.
 
-use crate::common::cuda_double::on_both_devices;
+use crate::common::cuda_emulator::on_both_devices;
 use crate::common::fixtures::{assert_close, fixture, json, text, values};
 use relora_kit::{
     checkpoint::Checkpoint,

@@ -5,7 +5,7 @@ use crate::common::autograd;
 use crate::common::autograd::{
     added, assert_close, backward, constant, cross_entropy, grad, indices, noise, rms_norm, rope, swiglu, values, var,
 };
-use relora_kit::ops::{AdamW, AttentionShape, Cpu, Device, Dropout, IGNORE, Mat, MatMut, RopeShape, Tally};
+use relora_kit::ops::{AdamW, AttentionShape, Cpu, Device, Dropout, IGNORE, Mat, MatMut, RopeShape, StepStats};
 
 const PASS: f64 = 2e-6;
 const SUMS: f64 = 1e-5;
@@ -194,7 +194,7 @@ fn adamw_on_gradients_of_candle_follows_its_formula_in_tensors() {
     for step in 1..=6 {
         let g: Vec<f32> = values(&gradient(&var(&p, &[n]))).iter().map(|&g| g as f32).collect();
         let settings = AdamW { lr, beta1, beta2, eps, weight_decay, step };
-        Cpu.adamw(&settings, &Tally { factor: grad_scale, ..Tally::default() }, &mut p, &g, &mut m, &mut v);
+        Cpu.adamw(&settings, &StepStats { factor: grad_scale, ..StepStats::default() }, &mut p, &g, &mut m, &mut v);
 
         let g = (gradient(&wide) * grad_scale).unwrap();
         wide_m = ((wide_m * beta1).unwrap() + (&g * (1.0 - beta1)).unwrap()).unwrap();

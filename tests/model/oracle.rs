@@ -1,7 +1,7 @@
 //! The model against PyTorch, on both devices: gradients of one batch, and whole training trajectories.
 
 use crate::common;
-use crate::common::cuda_double::on_both_devices;
+use crate::common::cuda_emulator::on_both_devices;
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},
     model::{LoraSpec, Model},
@@ -146,15 +146,15 @@ impl<D: Device> Trainer<D> {
         self.model.zero_grad();
         let loss = self.model.forward_backward(tokens, batch, tokens.len() / batch, 1.0).unwrap();
         let gradients: Vec<&D::Buffer> = self.model.params().iter().filter_map(|p| p.grad.as_ref()).collect();
-        let mut tally = self.model.device().tally();
-        self.model.device().tally_gradients(&gradients, 1.0, &mut tally);
-        let norm = self.model.device().read_tally(&tally).unwrap().squares.sqrt();
+        let mut stats = self.model.device().step_stats();
+        self.model.device().accumulate_and_clip(&gradients, 1.0, &mut stats);
+        let norm = self.model.device().read_step_stats(&stats).unwrap().squares.sqrt();
         self.step += 1;
         let settings = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step: self.step };
         let (device, params) = self.model.device_and_params_mut();
         for (param, [m, v]) in params.iter_mut().zip(&mut self.moments) {
             if let Some(grad) = &param.grad {
-                device.adamw(&settings, &tally, &mut param.value, grad, m, v);
+                device.adamw(&settings, &stats, &mut param.value, grad, m, v);
             }
         }
         (loss, norm)

@@ -271,11 +271,11 @@ fn mpirun_spreads_merge_and_spectrum_without_changing_a_byte() {
     assert!(one == three);
 }
 
-/// On GPUs of the test double, whose memory is the host's: any MPI takes its addresses.
+/// On GPUs of the CUDA emulator, whose memory is the host's: any MPI takes its addresses.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod gpus {
     use super::*;
-    use common::cuda_double::folder;
+    use common::cuda_emulator::folder;
     use relora_kit::ops::FOLDERS_VARIABLE;
 
     const SHORT: [&str; 6] = [
@@ -292,7 +292,7 @@ mod gpus {
         args.extend(["--device", "cuda", "--collective", "mpi", "-v"].map(str::to_owned));
         let mut command = mpirun(world_size, &args);
         command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder());
-        command.env("CUDA_DOUBLE_DEVICES", "3").env("RELORA_KIT_CUDA_AWARE_MPI", aware);
+        command.env("CUDA_EMULATOR_DEVICES", "3").env("RELORA_KIT_CUDA_AWARE_MPI", aware);
         run_mpi(&mut command)
     }
 

@@ -1,10 +1,10 @@
-//! `relora-kit spectrum --device cuda`, on the test double of CUDA's libraries.
+//! `relora-kit spectrum --device cuda`, on the CUDA emulator of CUDA's libraries.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use crate::common;
 use crate::common::synthetic_run::noise;
 use crate::common::{
-    cuda_double::{folder, set_environment},
+    cuda_emulator::{folder, set_environment},
     f32_bytes, write_tensors,
 };
 use relora_kit::{
@@ -50,7 +50,7 @@ impl Workshop {
         self.0.path().join(name)
     }
 
-    /// The program with the double; code, stdout and stderr.
+    /// The program with the emulator; code, stdout and stderr.
     fn run(&self, args: &[&str], environment: &[(&str, &str)]) -> (i32, String, String) {
         let mut command = common::relora_kit();
         set_environment(&mut command);
@@ -110,7 +110,7 @@ fn a_gpu_measures_what_the_cpu_measures() {
     assert_same(&gpu, &workshop.measure(&PAIR), &["cuda:0", "cuda:0", "cpu"]);
     let (_, stdout, stderr) = workshop.run(&[&PAIR[..], &["--device", "cuda", "-v"]].concat(), &[]);
     assert!(stdout.contains("singular values of 2 of 3 updates were computed on cuda:0; the others"), "{stdout}");
-    assert!(stderr.contains("device cuda:0 is CUDA test double"), "{stderr}");
+    assert!(stderr.contains("device cuda:0 is CUDA emulator"), "{stderr}");
 }
 
 /// 0.1 lies below what squares can resolve of a huge matrix: those go to the SVD, on the CPU, and the result says so.
@@ -166,20 +166,20 @@ fn parts_of_a_gpu_join_to_the_whole_and_not_with_parts_of_the_cpu() {
 fn a_gpu_that_is_lost_or_full_or_absent_is_a_sentence() {
     let workshop = Workshop::new();
     for calls in ["0", "1", "3"] {
-        let part = "device 'cuda:0' (CUDA test double) failed while it worked";
-        workshop.fails(&[("CUDA_DOUBLE_LOSE_AFTER_CALLS", calls)], &[part]);
+        let part = "device 'cuda:0' (CUDA emulator) failed while it worked";
+        workshop.fails(&[("CUDA_EMULATOR_LOSE_AFTER_CALLS", calls)], &[part]);
     }
-    workshop.fails(&[("CUDA_DOUBLE_MEMORY", "600000")], &["is out of memory", "MiB were asked for"]);
+    workshop.fails(&[("CUDA_EMULATOR_MEMORY", "600000")], &["is out of memory", "MiB were asked for"]);
     // One matrix at a time fits, and the workspace in place of its panel.
     let args = [&PAIR[..], &["--device", "cuda"]].concat();
-    let (code, _, stderr) = workshop.run(&args, &[("CUDA_DOUBLE_MEMORY", "1150000")]);
+    let (code, _, stderr) = workshop.run(&args, &[("CUDA_EMULATOR_MEMORY", "1150000")]);
     assert_eq!(code, 0, "{stderr}");
     let parts = ["device 'cuda:0' is unavailable", "finds no GPU"];
-    let (code, _, stderr) = workshop.run(&args, &[("CUDA_DOUBLE_DEVICES", "0")]);
+    let (code, _, stderr) = workshop.run(&args, &[("CUDA_EMULATOR_DEVICES", "0")]);
     assert!(code == 3 && parts.iter().all(|p| stderr.contains(p)), "{stderr}");
     // What is wrong with the request is said before a GPU is opened.
     let (code, _, stderr) =
-        workshop.run(&[&args[..], &["--filter", "nothing"]].concat(), &[("CUDA_DOUBLE_DEVICES", "0")]);
+        workshop.run(&[&args[..], &["--filter", "nothing"]].concat(), &[("CUDA_EMULATOR_DEVICES", "0")]);
     assert!(code == 2 && stderr.contains("there is no matrix to measure"), "{stderr}");
 }
 

@@ -69,7 +69,7 @@ fn a_merge_into_bf16_shows_rank_4_above_the_noise() {
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #[test]
 fn a_gpu_finds_the_same() {
-    let gpu = Some(common::cuda_double::options());
+    let gpu = Some(common::cuda_emulator::options());
     spectra_match("tiny_llama", "relora", "relora_f32", gpu.clone());
     spectra_match("tiny_llama_bf16", "merged/tiny_adapter_bf16.safetensors", "merged_bf16", gpu);
 }

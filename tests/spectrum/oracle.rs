@@ -24,7 +24,7 @@ const SAME: [(&str, &str); 8] = [
     ("numerical_rank", "numerical_rank"),
 ];
 
-/// The CPU, and on the test double a GPU.
+/// The CPU, and on the CUDA emulator a GPU.
 type On = Option<CudaOptions>;
 
 /// On a GPU everything goes by the Gram matrix, small matrices, too.
@@ -168,7 +168,7 @@ fn fixtures_agree_with_numpy(on: &On) {
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #[test]
 fn a_gpu_agrees_with_numpy() {
-    let on = Some(common::cuda_double::options());
+    let on = Some(common::cuda_emulator::options());
     agree_with_numpy(&on);
     rank_is_above_the_noise(&on);
     fixtures_agree_with_numpy(&on);

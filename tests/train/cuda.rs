@@ -1,14 +1,14 @@
-//! The tests of `train`, `eval`, `generate` and `verify` once more, on the CUDA test double, with the same tolerances.
+//! The tests of `train`, `eval`, `generate` and `verify` once more, on the CUDA emulator, with the same tolerances.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-use crate::common::cuda_double::folder;
+use crate::common::cuda_emulator::folder;
 use relora_kit::ops::FOLDERS_VARIABLE;
 use std::process::Command;
 
-/// Runs tests of this program on `devices` GPUs of the double; whether they passed, and what they said.
+/// Runs tests of this program on `devices` GPUs of the emulator; whether they passed, and what they said.
 fn run(devices: &str, args: &[&str]) -> (bool, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.env("RELORA_KIT_DEVICE", "cuda").env("CUDA_DOUBLE_DEVICES", devices);
+    command.env("RELORA_KIT_DEVICE", "cuda").env("CUDA_EMULATOR_DEVICES", devices);
     command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder());
     let output = command.args(args).output().unwrap();
     let text = [output.stdout, output.stderr].concat();

@@ -1,7 +1,7 @@
 //! Schedules and training trajectories against PyTorch in f64.
 
 use crate::common;
-use crate::common::cuda_double::on_both_devices;
+use crate::common::cuda_emulator::on_both_devices;
 use crate::common::fixtures::{assert_close, fixture, json, text, values};
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},

@@ -1,7 +1,7 @@
 //! Training against trajectories computed with PyTorch: schedules, pruning, full rank, LoRA and ReLoRA.
 
 use crate::common;
-use crate::common::{cuda_double::on_both_devices, oracles};
+use crate::common::{cuda_emulator::on_both_devices, oracles};
 use relora_kit::{
     checkpoint::{Checkpoint, TensorFile},
     model::{Model, ParamKind},

@@ -180,19 +180,19 @@ fn a_build_without_mpi_says_so() {
     assert!(!Path::new(&workshop.path("run")).exists());
 }
 
-/// On the GPUs of the double, through its NCCL.
+/// On the GPUs of the emulator, through its NCCL.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod gpus {
     use super::*;
     use crate::common::{
-        cuda_double::folder,
+        cuda_emulator::folder,
         workshop::{apart, trajectory},
     };
     use relora_kit::ops::FOLDERS_VARIABLE;
     use std::path::PathBuf;
 
     fn two_gpus(_: usize, command: &mut Command) {
-        command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder()).env("CUDA_DOUBLE_DEVICES", "2");
+        command.env(FOLDERS_VARIABLE, folder()).env("XDG_CACHE_HOME", folder()).env("CUDA_EMULATOR_DEVICES", "2");
     }
 
     const SHORT: [&str; 4] =

@@ -4,7 +4,7 @@ use super::{BROADCAST, Mpi, complete, wait_for};
 use crate::{
     collective::{Collective, InJob, Job, Pending, gpu::OnGpu},
     error::{Error, Result},
-    ops::{Cuda, Exchange, Span},
+    ops::{Cuda, DeviceSpan, ReductionStaging},
 };
 use mpi::{
     datatype::{AsDatatype, Buffer, BufferMut, Collection, Equivalence, Pointer, PointerMut},
@@ -28,7 +28,7 @@ const PIECE: usize = 2 << 20;
 pub struct MpiOnGpus {
     job: Arc<Job>,
     mpi: Arc<Mpi>,
-    exchange: Arc<Exchange>,
+    staging: Arc<ReductionStaging>,
 }
 
 impl MpiOnGpus {
@@ -39,8 +39,8 @@ impl MpiOnGpus {
             return Ok(None);
         }
         // A part for every process, all of one length.
-        let exchange = Exchange::new(cuda, PIECE.next_multiple_of(job.ranks().world_size))?;
-        Ok(Some(MpiOnGpus { job, mpi, exchange: Arc::new(exchange) }))
+        let staging = ReductionStaging::new(cuda, PIECE.next_multiple_of(job.ranks().world_size))?;
+        Ok(Some(MpiOnGpus { job, mpi, staging: Arc::new(staging) }))
     }
 }
 
@@ -66,7 +66,7 @@ fn is_aware() -> Result<bool> {
 }
 
 /// What MPI is given.
-struct Place(Span);
+struct Place(DeviceSpan);
 
 // SAFETY: so many f32 lie there; whoever makes a place keeps them until MPI is done.
 unsafe impl Pointer for Place {
@@ -104,29 +104,34 @@ unsafe impl Buffer for Place {}
 unsafe impl BufferMut for Place {}
 
 /// [`super::sum`], on the GPU.
-fn sum(world: &SimpleCommunicator, values: Span, exchange: &Exchange, waiting: &AtomicUsize) -> Result<()> {
-    let (processes, room) = (world.size() as usize, exchange.out().len);
+fn sum(
+    world: &SimpleCommunicator,
+    values: DeviceSpan,
+    staging: &ReductionStaging,
+    waiting: &AtomicUsize,
+) -> Result<()> {
+    let (processes, room) = (world.size() as usize, staging.send_buffer().len);
     for first in (0..values.len).step_by(room) {
         let piece = values.part(first, (values.len - first).min(room));
         let part = piece.len.div_ceil(processes);
         // What is beyond the piece's end in the last part is carried along, and never copied back.
-        let [out, back] = [exchange.out(), exchange.back()].map(|all| all.part(0, part * processes));
-        exchange.copy(piece, out.part(0, piece.len))?;
-        exchange.finish()?;
+        let [out, back] = [staging.send_buffer(), staging.receive_buffer()].map(|all| all.part(0, part * processes));
+        staging.copy(piece, out.part(0, piece.len))?;
+        staging.synchronize()?;
         let (sent, mut arrived) = (Place(out), Place(back));
         mpi::request::scope(|scope| {
             complete(world.immediate_all_to_all_into(scope, &sent, &mut arrived), waiting);
         });
         let own = back.part(0, part);
-        (1..processes).for_each(|rank| exchange.add(back.part(rank * part, part), own));
-        exchange.finish()?;
+        (1..processes).for_each(|rank| staging.add(back.part(rank * part, part), own));
+        staging.synchronize()?;
         let (sent, mut arrived) = (Place(own), Place(out));
         mpi::request::scope(|scope| {
             complete(world.immediate_all_gather_into(scope, &sent, &mut arrived), waiting);
         });
-        exchange.copy(out.part(0, piece.len), piece)?;
+        staging.copy(out.part(0, piece.len), piece)?;
     }
-    exchange.finish()
+    staging.synchronize()
 }
 
 impl InJob for MpiOnGpus {
@@ -137,21 +142,22 @@ impl InJob for MpiOnGpus {
 
 impl<D: OnGpu> Collective<D> for MpiOnGpus {
     fn begin_all_reduce(&self, _device: &D, buffers: Vec<D::Buffer>) -> Pending<D> {
-        let (before, exchange) = (self.exchange.before(), self.exchange.clone());
+        let (kernels, staging) = (self.staging.record_kernels(), self.staging.clone());
         // The buffers go along: they must be there until MPI is done, whoever waits for it.
         let sums = self.mpi.begin(move |world, waiting| {
-            exchange.arrive(&before?)?;
-            let mut spans = buffers.iter().map(|buffer| exchange.span(buffer));
-            spans.try_for_each(|span| sum(world, span, &exchange, waiting)).map(|()| buffers)
+            staging.wait_for_kernels(&kernels?)?;
+            let mut spans = buffers.iter().map(|buffer| staging.span(buffer));
+            spans.try_for_each(|span| sum(world, span, &staging, waiting)).map(|()| buffers)
         });
         let waiting = self.mpi.waiting.clone();
         Box::new(move |_| wait_for(&sums, &waiting)?)
     }
 
     fn broadcast(&self, _device: &D, root: usize, buffer: &mut D::Buffer) -> Result<()> {
-        let (before, exchange, span) = (self.exchange.before()?, self.exchange.clone(), self.exchange.span(buffer));
+        let (kernels, staging, span) =
+            (self.staging.record_kernels()?, self.staging.clone(), self.staging.span(buffer));
         self.mpi.ask(move |world, waiting| {
-            exchange.arrive(&before)?;
+            staging.wait_for_kernels(&kernels)?;
             for first in (0..span.len).step_by(BROADCAST) {
                 let mut piece = Place(span.part(first, (span.len - first).min(BROADCAST)));
                 mpi::request::scope(|scope| {

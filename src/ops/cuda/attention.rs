@@ -42,7 +42,7 @@ pub(super) fn check(shape: &AttentionShape, q: [&CudaBuffer; 2], kv: [&CudaBuffe
 }
 
 impl Cuda {
-    fn has_scores(&self, shape: &AttentionShape, element: Element) -> bool {
+    fn materialises_scores(&self, shape: &AttentionShape, element: Element) -> bool {
         (element == Element::Bf16 || self.0.blas.allows_tf32()) && shape.len <= LONGEST
     }
 
@@ -50,7 +50,7 @@ impl Cuda {
     pub(super) fn attention_workspace(&self, shape: &AttentionShape, element: Element) -> u64 {
         let &AttentionShape { batch, len, heads, kv_heads, head_dim } = shape;
         let per_window = len * kv_heads * head_dim;
-        let scores = if self.has_scores(shape, element) {
+        let scores = if self.materialises_scores(shape, element) {
             let bytes = 8 + 2 * width(element);
             let [windows, most] = Heads::at_a_time(shape, bytes);
             // Gradients of keys and values, scores, and where the matrices of a product are.
@@ -68,7 +68,7 @@ impl Cuda {
         o: &mut CudaBuffer,
         lse: &mut CudaBuffer,
     ) {
-        if self.has_scores(&shape, q.element) {
+        if self.materialises_scores(&shape, q.element) {
             return self.attend_by_products(shape, [q, k, v], o, lse);
         }
         let AttentionShape { batch, len, heads, head_dim, .. } = shape;
@@ -100,7 +100,7 @@ impl Cuda {
         d_o: &CudaBuffer,
     ) {
         let delta = self.attention_delta(&shape, o, d_o);
-        if self.has_scores(&shape, q.element) {
+        if self.materialises_scores(&shape, q.element) {
             return self.backward_by_products(shape, [q, k, v], lse, &delta, d_o);
         }
         let AttentionShape { batch, len, heads, kv_heads, head_dim } = shape;
@@ -121,7 +121,7 @@ impl Cuda {
         self.launch(kernel_kv, grid(kv_heads), shared_bytes(tile, head_dim, 4, 2), &args);
         let args: Vec<Arg> = inputs().into_iter().chain([(&q.memory).into()]).collect();
         self.launch(kernel_q, grid(heads), shared_bytes(tile, head_dim, 4, 1), &args);
-        // Copied, not exchanged: buffers that keep their memory are the same in every pass ([`super::held`]).
+        // Copied, not exchanged: buffers that keep their memory are the same in every pass ([`super::launch_queue`]).
         for (gradient, x) in [(&dk, k), (&dv, v)] {
             self.convert((gradient.address(), x.element), (x.address(0), x.element), x.len);
         }

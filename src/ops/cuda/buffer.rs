@@ -17,7 +17,7 @@ pub struct CudaTokens {
 }
 
 /// Four f64: loss, sum of squares, factor, signals.
-pub struct CudaTally(pub(super) Memory);
+pub struct CudaStepStats(pub(super) Memory);
 
 /// Bytes of an element.
 pub(super) fn width(element: Element) -> usize {
@@ -39,7 +39,7 @@ impl CudaBuffer {
     }
 }
 
-impl CudaTally {
+impl CudaStepStats {
     /// From this number on.
     pub(super) fn at(&self, index: u64) -> Arg {
         (self.0.address() + 8 * index).into()

@@ -65,7 +65,7 @@ const SOURCES: [Source; 14] = [
     source!("round.cu": "round_nearest", "round_stochastic";),
     source!("softmax.cu": ; "softmax_forward", "softmax_backward"),
     source!("swiglu.cu": ; "swiglu_forward", "swiglu_backward"),
-    source!("tally.cu": "clip", "share_tally", "join_tally";),
+    source!("step_stats.cu": "clip", "pack_step_stats", "reduce_step_stats";),
 ];
 
 /// The kernels by name, loaded. Modules stay loaded as long as the context.

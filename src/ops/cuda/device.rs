@@ -4,7 +4,7 @@ use super::{
     Arg, Cuda, THREADS, WARPS, attention,
     blas::{Factors, Matrix, Product, workspace_bytes},
     blocks,
-    buffer::{CudaBuffer, CudaTally, CudaTokens, width},
+    buffer::{CudaBuffer, CudaStepStats, CudaTokens, width},
     memory::Memory,
     quantise::CudaQuantised,
     typed,
@@ -12,8 +12,8 @@ use super::{
 use crate::{
     error::Result,
     ops::{
-        AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised,
-        RopeShape, Rounding, TALLY_SHARE, Tally, prune,
+        AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, PACKED_STATS, Pruning, Quantisation,
+        Quantised, RopeShape, Rounding, StepStats, prune,
     },
 };
 use half::bf16;
@@ -58,7 +58,7 @@ impl Cuda {
         self.fill_words(&total, 0);
         self.add_up(kernel, buffers, 1.0, (&total).into());
         let mut sum = [0f64];
-        self.settled(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
+        self.after_flush(|_| total.read(&mut sum)).map_or(f64::NAN, |()| sum[0])
     }
 }
 
@@ -72,7 +72,7 @@ impl Device for Cuda {
     type Buffer = CudaBuffer;
     type Tokens = CudaTokens;
     type Quantised = CudaQuantised;
-    type Tally = CudaTally;
+    type StepStats = CudaStepStats;
 
     fn zeros_of(&self, element: Element, len: usize) -> CudaBuffer {
         let element = self.native(element);
@@ -87,7 +87,7 @@ impl Device for Cuda {
 
     fn write(&self, buffer: &mut CudaBuffer, values: &[f32]) {
         assert_eq!(buffer.len, values.len(), "write: lengths");
-        self.settled(|_| match buffer.element {
+        self.after_flush(|_| match buffer.element {
             Element::F32 => buffer.memory.write(values),
             Element::Bf16 => {
                 buffer.memory.write(&values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect::<Vec<u16>>())
@@ -96,7 +96,7 @@ impl Device for Cuda {
     }
 
     fn read(&self, buffer: &CudaBuffer) -> Vec<f32> {
-        let values = self.settled(|_| match buffer.element {
+        let values = self.after_flush(|_| match buffer.element {
             Element::F32 => {
                 let mut values = vec![0f32; buffer.len];
                 buffer.memory.read(&mut values).map(|()| values)
@@ -118,19 +118,19 @@ impl Device for Cuda {
         width(self.native(element))
     }
 
-    fn room(&self, buffer: &CudaBuffer) -> usize {
+    fn capacity(&self, buffer: &CudaBuffer) -> usize {
         // Where no memory was to be had, the failure is remembered, and any length will do.
         buffer.memory.bytes().max(width(buffer.element) * buffer.len)
     }
 
-    fn place(&self, buffer: &CudaBuffer) -> u64 {
+    fn address(&self, buffer: &CudaBuffer) -> u64 {
         buffer.address(0)
     }
 
-    fn remake(&self, buffer: &mut CudaBuffer, element: Element, len: usize) {
+    fn resize_in_place(&self, buffer: &mut CudaBuffer, element: Element, len: usize) {
         let element = self.native(element);
-        let (needed, room) = (width(element) * len, self.room(buffer));
-        assert!(needed <= room, "remake: {needed} bytes in a buffer of {room}");
+        let (needed, room) = (width(element) * len, self.capacity(buffer));
+        assert!(needed <= room, "resize_in_place: {needed} bytes in a buffer of {room}");
         (buffer.element, buffer.len) = (element, len);
     }
 
@@ -139,16 +139,16 @@ impl Device for Cuda {
     }
 
     fn status(&self) -> Result<()> {
-        self.settled(|gpu| gpu.synchronize());
+        self.after_flush(|gpu| gpu.synchronize());
         self.first_failure().map_or(Ok(()), Err)
     }
 
     fn free_memory(&self) -> Option<u64> {
-        Some(self.attempt(|gpu| gpu.memory())?.0)
+        Some(self.guarded(|gpu| gpu.memory())?.0)
     }
 
     fn reserve(&self, bytes: u64) -> bool {
-        self.attempt(|gpu| gpu.reserve(bytes)).unwrap_or(false)
+        self.guarded(|gpu| gpu.reserve(bytes)).unwrap_or(false)
     }
 
     fn overhead(&self, shape: &AttentionShape, element: Element) -> u64 {
@@ -157,24 +157,24 @@ impl Device for Cuda {
         self.attention_workspace(shape, element) + others
     }
 
-    fn hold(&self) -> bool {
-        self.begin_holding()
+    fn begin_capture(&self) -> bool {
+        self.begin_deferring()
     }
 
-    fn send(&self) {
-        self.send_held();
+    fn flush(&self) {
+        self.flush_queue();
     }
 
-    fn release(&self) {
-        self.end_holding();
+    fn end_capture(&self) {
+        self.end_deferring();
     }
 
     fn peak_memory(&self) -> Option<u64> {
-        self.attempt(|gpu| gpu.peak_memory())
+        self.guarded(|gpu| gpu.peak_memory())
     }
 
     fn allow_tf32(&self, allow: bool) {
-        self.settled(|gpu| self.0.blas.allow_tf32(gpu, allow));
+        self.after_flush(|gpu| self.0.blas.allow_tf32(gpu, allow));
         self.forget();
     }
 
@@ -494,47 +494,47 @@ impl Device for Cuda {
         }
     }
 
-    fn tally(&self) -> CudaTally {
+    fn step_stats(&self) -> CudaStepStats {
         let memory = self.allocate(8);
         self.fill_words(&memory, 0);
-        CudaTally(memory)
+        CudaStepStats(memory)
     }
 
-    fn tally_losses(&self, scale: f64, losses: &CudaBuffer, tally: &mut CudaTally) {
+    fn accumulate_losses(&self, scale: f64, losses: &CudaBuffer, stats: &mut CudaStepStats) {
         only_f32("losses", &[losses]);
-        self.add_up("sum_parts", &[losses], scale, tally.at(0));
+        self.add_up("sum_parts", &[losses], scale, stats.at(0));
     }
 
-    fn tally_gradients(&self, gradients: &[&CudaBuffer], max_norm: f64, tally: &mut CudaTally) {
+    fn accumulate_and_clip(&self, gradients: &[&CudaBuffer], max_norm: f64, stats: &mut CudaStepStats) {
         for gradient in gradients {
-            self.add_up(typed!("dot_parts", gradient.element), &[gradient, gradient], 1.0, tally.at(1));
+            self.add_up(typed!("dot_parts", gradient.element), &[gradient, gradient], 1.0, stats.at(1));
         }
-        self.launch("clip", [1; 3], 0, &[tally.at(0), max_norm.into()]);
+        self.launch("clip", [1; 3], 0, &[stats.at(0), max_norm.into()]);
     }
 
-    fn read_tally(&self, tally: &CudaTally) -> Result<Tally> {
+    fn read_step_stats(&self, stats: &CudaStepStats) -> Result<StepStats> {
         let mut numbers = [f64::NAN; 4];
-        self.settled(|_| tally.0.read(&mut numbers));
+        self.after_flush(|_| stats.0.read(&mut numbers));
         let [loss, squares, factor, signals] = numbers;
-        self.first_failure().map_or(Ok(Tally { loss, squares, factor, signals }), Err)
+        self.first_failure().map_or(Ok(StepStats { loss, squares, factor, signals }), Err)
     }
 
-    fn share_tally(&self, tally: &CudaTally, signal: f32, place: usize, shares: &mut CudaBuffer) {
-        assert!(TALLY_SHARE * (place + 1) <= shares.len, "share_tally: place {place}");
-        only_f32("share_tally", &[shares]);
-        self.launch("share_tally", [1; 3], 0, &[tally.at(0), signal.into(), shares.at(TALLY_SHARE * place)]);
+    fn pack_step_stats(&self, stats: &CudaStepStats, signal: f32, place: usize, shares: &mut CudaBuffer) {
+        assert!(PACKED_STATS * (place + 1) <= shares.len, "pack_step_stats: place {place}");
+        only_f32("pack_step_stats", &[shares]);
+        self.launch("pack_step_stats", [1; 3], 0, &[stats.at(0), signal.into(), shares.at(PACKED_STATS * place)]);
     }
 
-    fn join_tally(&self, shares: &CudaBuffer, tally: &mut CudaTally) {
-        only_f32("join_tally", &[shares]);
-        let count = shares.len / TALLY_SHARE;
-        self.launch("join_tally", [1; 3], 0, &[shares.into(), count.into(), tally.at(0)]);
+    fn reduce_step_stats(&self, shares: &CudaBuffer, stats: &mut CudaStepStats) {
+        only_f32("reduce_step_stats", &[shares]);
+        let count = shares.len / PACKED_STATS;
+        self.launch("reduce_step_stats", [1; 3], 0, &[shares.into(), count.into(), stats.at(0)]);
     }
 
     fn adamw(
         &self,
         step: &AdamW,
-        tally: &CudaTally,
+        stats: &CudaStepStats,
         p: &mut CudaBuffer,
         g: &CudaBuffer,
         m: &mut CudaBuffer,
@@ -543,7 +543,7 @@ impl Device for Cuda {
         assert_eq!((g.len, m.len, v.len), (p.len, p.len, p.len), "adamw: lengths");
         only_f32("adamw", &[p, g, m, v]);
         let f = step.factors();
-        let args = [(&p).into(), g.into(), (&m).into(), (&v).into(), p.len.into(), tally.at(0)];
+        let args = [(&p).into(), g.into(), (&m).into(), (&v).into(), p.len.into(), stats.at(0)];
         let factors = [f.keep, f.b1, f.c1, f.b2, f.c2, f.size, f.root, f.eps].map(Arg::from);
         self.launch_each("adamw", p.len, &args.into_iter().chain(factors).collect::<Vec<_>>());
     }

@@ -3,7 +3,7 @@
 use super::{
     Cuda, THREADS,
     driver::Gpu,
-    request::{Launch, Request},
+    stream_op::{KernelLaunch, StreamOp},
 };
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUgraph, CUgraphExec, CUgraphNode, CUstreamCaptureMode, CUstreamCaptureStatus};
@@ -27,7 +27,7 @@ unsafe impl Send for Graph {}
 impl Graph {
     /// Of these requests, one after the other. Nothing is done yet. The stream notes what it is asked for instead of doing it;
     /// cuBLAS has memory of its own for that (`Blas::own_workspace`), since it must not ask the driver for some.
-    pub fn new(cuda: &Cuda, requests: &[Request]) -> Result<Graph> {
+    pub fn new(cuda: &Cuda, requests: &[StreamOp]) -> Result<Graph> {
         let gpu = &cuda.0.gpu;
         gpu.enter()?;
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -56,7 +56,7 @@ impl Graph {
     }
 
     /// Gives the kernel of request number `at` these arguments and this grid, from the next start on.
-    pub fn change(&self, cuda: &Cuda, at: usize, launch: &Launch) -> Result<()> {
+    pub fn change(&self, cuda: &Cuda, at: usize, launch: &KernelLaunch) -> Result<()> {
         let node = self.nodes[at].expect("a kernel has a node");
         let (mut pointers, [x, y, z]) = (launch.pointers(), launch.grid);
         let parameters = sys::CUDA_KERNEL_NODE_PARAMS {
@@ -88,9 +88,9 @@ impl Graph {
 }
 
 /// Lets the stream note a request; the node, if it is a kernel.
-fn note(cuda: &Cuda, request: &Request) -> Result<Option<CUgraphNode>> {
-    cuda.issue(request)?;
-    if !matches!(request, Request::Kernel(_)) {
+fn note(cuda: &Cuda, request: &StreamOp) -> Result<Option<CUgraphNode>> {
+    cuda.submit(request)?;
+    if !matches!(request, StreamOp::Kernel(_)) {
         return Ok(None);
     }
     let (mut status, mut last, mut count) = (CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, ptr::null(), 0);

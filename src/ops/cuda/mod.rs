@@ -2,7 +2,7 @@
 //! products in cuBLAS. Nothing of CUDA is needed to build or to start the program: its libraries are loaded when a GPU is
 //! asked for, and the kernels are compiled for the GPU at hand.
 //!
-//! All work is on one stream and in order ([`request`], [`held`]); the host waits only where a number or a buffer is read.
+//! All work is on one stream and in order ([`stream_op`], [`launch_queue`]); the host waits only where a number or a buffer is read.
 //! After the first failure nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
 
 mod attention;
@@ -11,18 +11,18 @@ mod buffer;
 mod compile;
 mod device;
 mod driver;
-mod exchange;
 mod graph;
-mod held;
+mod launch_queue;
 mod libraries;
 mod memory;
 mod nccl;
 mod products;
 mod quantise;
-mod request;
+mod reduction_staging;
 mod shelf;
 mod solver;
 mod stream;
+mod stream_op;
 
 use crate::{
     error::{Error, Result},
@@ -32,18 +32,18 @@ use blas::{Blas, Product};
 use buffer::CudaBuffer;
 use compile::Kernels;
 use driver::Gpu;
-use held::Held;
+use launch_queue::LaunchQueue;
 use memory::Memory;
-use request::{Arg, Extents, Launch, Request};
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
+use stream_op::{Arg, Extents, KernelLaunch, StreamOp};
 
-pub use exchange::{Exchange, Span};
 pub use libraries::FOLDERS_VARIABLE;
 pub use nccl::{Communicator, Nccl as NcclLibrary, NcclId, Sum};
 pub use products::{GpuMatrix, Products};
+pub use reduction_staging::{DeviceSpan, ReductionStaging};
 pub use solver::{GpuGram, Solver};
 
 /// Threads of a block, for every kernel: `THREADS` of common.cu.
@@ -72,7 +72,7 @@ struct Inner {
     kernels: Kernels,
     blas: Blas,
     failure: Mutex<Option<Error>>,
-    held: Mutex<Held>,
+    queue: Mutex<LaunchQueue>,
     /// Numbers that quantised weights may be, once they are needed.
     tables: OnceLock<CudaBuffer>,
 }
@@ -105,8 +105,8 @@ impl Cuda {
         let kernels = Kernels::load(&gpu, options.cache.as_deref())?;
         let mut blas = Blas::open(&gpu)?;
         blas.own_workspace(&gpu)?;
-        let (failure, held, tables) = (Mutex::new(None), Mutex::default(), OnceLock::new());
-        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure, held, tables })))
+        let (failure, queue, tables) = (Mutex::new(None), Mutex::default(), OnceLock::new());
+        Ok(Cuda(Arc::new(Inner { gpu, kernels, blas, failure, queue, tables })))
     }
 
     /// The GPU's name, as NVIDIA sells it.
@@ -120,7 +120,7 @@ impl Cuda {
     }
 
     /// Runs `work`, unless something failed before; its failure is remembered.
-    fn attempt<T>(&self, work: impl FnOnce(&Arc<Gpu>) -> Result<T>) -> Option<T> {
+    fn guarded<T>(&self, work: impl FnOnce(&Arc<Gpu>) -> Result<T>) -> Option<T> {
         let mut failure = self.0.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if failure.is_some() {
             return None;
@@ -146,16 +146,16 @@ impl Cuda {
     fn uploaded<T: bytemuck::Pod>(&self, values: &[T]) -> Memory {
         let mut memory = self.memory(size_of_val(values).next_multiple_of(4), true);
         // Comes before all that is held back, none of which uses it.
-        self.attempt(|_| memory.write(values));
+        self.guarded(|_| memory.write(values));
         memory
     }
 
     fn memory(&self, bytes: usize, upload: bool) -> Memory {
-        let found = self.attempt(|gpu| {
+        let found = self.guarded(|gpu| {
             if let Some(memory) = Memory::find(gpu, bytes, upload)? {
                 return Ok(memory);
             }
-            self.stop_holding()?;
+            self.stop_deferring()?;
             Memory::new(gpu, bytes)
         });
         found.unwrap_or_else(|| Memory::none(&self.0.gpu))
@@ -164,7 +164,7 @@ impl Cuda {
     /// Copies `n` elements from one address to another, rounding to the nearest where they become bf16.
     fn convert(&self, (from, source): (u64, Element), (to, target): (u64, Element), n: usize) {
         if source == target {
-            self.ask(Request::Copy { from, to, bytes: buffer::width(source) * n });
+            self.enqueue(StreamOp::Copy { from, to, bytes: buffer::width(source) * n });
             return;
         }
         let kernel = if target == Element::Bf16 { "to_bf16" } else { "to_f32" };
@@ -173,7 +173,7 @@ impl Cuda {
 
     /// Every 4 bytes to `value`.
     fn fill_words(&self, memory: &Memory, value: u32) {
-        self.ask(Request::Fill { address: memory.address(), value, words: memory.bytes() / 4 });
+        self.enqueue(StreamOp::Fill { address: memory.address(), value, words: memory.bytes() / 4 });
     }
 
     /// A product, or one for each of several matrices. One step from each matrix to the next is a number that cuBLAS takes; for
@@ -181,7 +181,7 @@ impl Cuda {
     fn multiply(&self, mut product: Product) {
         let [rows, columns] = product.count;
         if rows == 1 {
-            return self.ask(Request::Product(product));
+            return self.enqueue(StreamOp::Product(product));
         }
         let places = self.allocate(6 * rows * columns);
         let mut args = vec![(&places).into(), (rows as u32).into(), (columns as u32).into()];
@@ -191,13 +191,13 @@ impl Cuda {
         }
         self.launch("places", [blocks(rows * columns), 1, 1], 0, &args);
         product.places = Some(places.address());
-        self.ask(Request::Product(product));
+        self.enqueue(StreamOp::Product(product));
     }
 
     /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.
     fn launch(&self, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
         if !grid.contains(&0) {
-            self.ask(Request::Kernel(Launch { kernel, grid, shared, args: args.to_vec() }));
+            self.enqueue(StreamOp::Kernel(KernelLaunch { kernel, grid, shared, args: args.to_vec() }));
         }
     }
 

@@ -137,7 +137,7 @@ impl Communicator {
     /// Begins to sum each of these f32 buffers over all processes, in place. Until [`Sum::wait`] nothing may use them.
     pub fn begin_sum(&self, cuda: &Cuda, buffers: &mut [CudaBuffer]) -> Sum {
         let places: Vec<(u64, usize)> = buffers.iter().map(|b| (b.address(0), cuda.len(b))).collect();
-        let done = cuda.settled(|_| {
+        let done = cuda.after_flush(|_| {
             self.on_own_stream(|comm| {
                 let f = &self.functions;
                 // SAFETY: every buffer has so many f32 elements, and its owner leaves it alone until the event is waited for.
@@ -158,7 +158,7 @@ impl Communicator {
     /// Gives every process what `root` holds in this f32 buffer.
     pub fn broadcast(&self, cuda: &Cuda, root: usize, buffer: &mut CudaBuffer) {
         let (place, len) = (buffer.address(0) as *mut c_void, cuda.len(buffer));
-        let done = cuda.settled(|_| {
+        let done = cuda.after_flush(|_| {
             self.on_own_stream(|comm| {
                 let f = &self.functions;
                 let stream = self.stream.handle();
@@ -197,7 +197,7 @@ impl Sum {
     /// What the GPU is asked for from now on waits for the sum; the host does not.
     pub fn wait(self, cuda: &Cuda) {
         if let Some(done) = self.0 {
-            cuda.attempt(|gpu| done.delay(gpu.stream()));
+            cuda.guarded(|gpu| done.delay(gpu.stream()));
         }
     }
 }

@@ -103,12 +103,12 @@ impl Cuda {
     pub(super) fn download_matrix(&self, x: &CudaQuantised) -> Quantised {
         let bytes = |memory: &Memory, n: usize| {
             let mut bytes = vec![0u8; n];
-            self.settled(|_| memory.read(&mut bytes));
+            self.after_flush(|_| memory.read(&mut bytes));
             bytes
         };
         let floats = |memory: &Memory, n: usize| {
             let mut floats = vec![f32::NAN; n];
-            self.settled(|_| memory.read(&mut floats));
+            self.after_flush(|_| memory.read(&mut floats));
             floats
         };
         let codes = if x.how == Quantisation::Int8 { x.len() } else { x.len().div_ceil(2) };
@@ -125,7 +125,7 @@ impl Cuda {
 
     pub(super) fn upload_matrix(&self, x: &Quantised) -> CudaQuantised {
         let mut result = CudaQuantised::new(self, x.how, x.rows, x.cols);
-        self.settled(|_| {
+        self.after_flush(|_| {
             result.codes.write(&x.codes)?;
             match (&x.scales, &mut result.nested) {
                 (Scales::F32(scales), _) => result.scales.write(scales),

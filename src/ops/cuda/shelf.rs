@@ -1,4 +1,4 @@
-//! Memory while requests are held back ([`super::held`]): what is given back is still needed by requests that the GPU has not
+//! Memory while requests are held back ([`super::launch_queue`]): what is given back is still needed by requests that the GPU has not
 //! seen yet, so the driver does not get it. It is kept here by its size, and the next who needs as much takes the lowest address:
 //! the same requests take the same memory every time, and can be recognised by it.
 
@@ -85,7 +85,7 @@ impl Gpu {
     }
 
     /// Nothing is held back any more.
-    pub fn nothing_held(&self) -> Result<()> {
+    pub fn deferred_memory_is_idle(&self) -> Result<()> {
         let mut shelf = self.shelf();
         for piece in std::mem::take(&mut shelf.later) {
             match piece.owner {

@@ -1,17 +1,17 @@
-// The factor that clips a gradient, as tally.rs has it. tally: loss, sum of squares, factor, signals.
+// The factor that clips a gradient, as step_stats.rs has it. stats: loss, sum of squares, factor, signals.
 
 // One thread.
-KERNEL clip(double* tally, double max_norm) {
+KERNEL clip(double* stats, double max_norm) {
     if (threadIdx.x > 0) return;
-    double norm = sqrt(tally[1]);
-    double finite = (tally[0] + norm) * 0.0; // NaN, if one of them is not
-    tally[2] = finite + (max_norm > 0.0 ? fmin(1.0, max_norm / (norm + 1e-6)) : 1.0);
+    double norm = sqrt(stats[1]);
+    double finite = (stats[0] + norm) * 0.0; // NaN, if one of them is not
+    stats[2] = finite + (max_norm > 0.0 ? fmin(1.0, max_norm / (norm + 1e-6)) : 1.0);
 }
 
 // One thread. The loss in three numbers that add up to it, and a signal.
-KERNEL share_tally(const double* tally, float signal, float* share) {
+KERNEL pack_step_stats(const double* stats, float signal, float* share) {
     if (threadIdx.x > 0) return;
-    double rest = tally[0];
+    double rest = stats[0];
     for (int i = 0; i < 3; i++) {
         share[i] = (float)rest;
         rest -= share[i];
@@ -20,7 +20,7 @@ KERNEL share_tally(const double* tally, float signal, float* share) {
 }
 
 // One thread. The sums of `count` shares, in their order.
-KERNEL join_tally(const float* shares, u64 count, double* tally) {
+KERNEL reduce_step_stats(const float* shares, u64 count, double* stats) {
     if (threadIdx.x > 0) return;
     double loss = 0.0, signals = 0.0;
     for (u64 i = 0; i < count; i++) {
@@ -28,6 +28,6 @@ KERNEL join_tally(const float* shares, u64 count, double* tally) {
         loss += (double)share[0] + share[1] + share[2];
         signals += share[3];
     }
-    tally[0] = loss;
-    tally[3] = signals;
+    stats[0] = loss;
+    stats[3] = signals;
 }

@@ -2,7 +2,7 @@
 //
 // What was compiled is kept beside the library, by the hash of all that went in. The environment:
 //
-//   CUDA_DOUBLE_MUTATE_FILE, CUDA_DOUBLE_MUTATE_FROM, CUDA_DOUBLE_MUTATE_TO
+//   CUDA_EMULATOR_MUTATE_FILE, CUDA_EMULATOR_MUTATE_FROM, CUDA_EMULATOR_MUTATE_TO
 //                            breaks a kernel on purpose: in the program of this name, FROM (which must occur once)
 //                            becomes TO
 
@@ -40,14 +40,14 @@ static std::string setting(const char* name) {
 
 // Breaks the source, if that is asked for. False if it cannot be done.
 static bool mutate(Program& program) {
-    if (setting("CUDA_DOUBLE_MUTATE_FILE") != program.name) return true;
-    std::string from = setting("CUDA_DOUBLE_MUTATE_FROM");
+    if (setting("CUDA_EMULATOR_MUTATE_FILE") != program.name) return true;
+    std::string from = setting("CUDA_EMULATOR_MUTATE_FROM");
     size_t at = program.source.find(from);
     if (from.empty() || at == std::string::npos || program.source.find(from, at + 1) != std::string::npos) {
         program.log = "the text to mutate does not occur exactly once: " + from;
         return false;
     }
-    program.source.replace(at, from.size(), setting("CUDA_DOUBLE_MUTATE_TO"));
+    program.source.replace(at, from.size(), setting("CUDA_EMULATOR_MUTATE_TO"));
     return true;
 }
 
@@ -61,7 +61,7 @@ static std::string folder() {
 
 static Result compile(Program& program) {
     if (!mutate(program)) return COMPILATION;
-    std::string header = CUDA_DOUBLE_HEADER;
+    std::string header = CUDA_EMULATOR_HEADER;
     size_t hash = std::hash<std::string>()(program.source + read(header));
     std::string cache = folder();
     char key[32];
@@ -80,16 +80,16 @@ static Result compile(Program& program) {
         }
         std::string text = read(own + ".ii");
         text = std::regex_replace(
-            text, std::regex("extern __shared__ (\\w+) (\\w+)\\[\\];"), "$1* $2 = ($1*)cuda_double->dynamic_shared;"
+            text, std::regex("extern __shared__ (\\w+) (\\w+)\\[\\];"), "$1* $2 = ($1*)cuda_emulator->dynamic_shared;"
         );
         // Launch bounds are numbers by now; device.h, which hides them from g++, comes later.
         std::regex kernel("__global__ void (?:__launch_bounds__\\((\\d+)(?:, \\d+)?\\) )?(\\w+)\\(");
         std::string entries;
         for (std::sregex_iterator i(text.begin(), text.end(), kernel), end; i != end; ++i) {
             std::string threads = (*i)[1].matched ? (*i)[1].str() : "1024", name = (*i)[2];
-            entries += "extern \"C\" { unsigned cuda_double_threads_" + name + " = " + threads +
-                       "; void cuda_double_kernel_" + name + "(void** args) { cuda_double_invoke(" + name +
-                       ", args); } const unsigned* cuda_double_sizes_of_" + name + "() { return cuda_double_sizes(" +
+            entries += "extern \"C\" { unsigned cuda_emulator_threads_" + name + " = " + threads +
+                       "; void cuda_emulator_kernel_" + name + "(void** args) { cuda_emulator_invoke(" + name +
+                       ", args); } const unsigned* cuda_emulator_sizes_of_" + name + "() { return cuda_emulator_sizes(" +
                        name + "); } }\n";
         }
         std::ofstream(own + ".ii") << text << "\n" << entries;
@@ -102,7 +102,7 @@ static Result compile(Program& program) {
         rename((own + ".so").c_str(), kept.c_str());
     }
     size_t size = program.code.size();
-    program.code = "CUDADBLE" + std::string((char*)&size, sizeof size) + program.code;
+    program.code = "CUDAEMUL" + std::string((char*)&size, sizeof size) + program.code;
     return OK;
 }
 

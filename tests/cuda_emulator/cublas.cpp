@@ -117,7 +117,7 @@ typedef int (*Protect)(const char*, void (*)(void*), void*);
 
 static Protect protect() {
     void* driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return driver ? (Protect)dlsym(driver, "cuda_double_protect") : nullptr;
+    return driver ? (Protect)dlsym(driver, "cuda_emulator_protect") : nullptr;
 }
 
 // driver.cpp's, too: does the work, or notes it.
@@ -125,7 +125,7 @@ typedef int (*Ask)(void*, const char*, void (*)(void*), void*, size_t);
 
 static Ask ask() {
     void* driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return (Ask)dlsym(driver, "cuda_double_ask");
+    return (Ask)dlsym(driver, "cuda_emulator_ask");
 }
 
 extern "C" {

@@ -6,83 +6,83 @@ use super::{
     buffer::CudaBuffer,
     libraries,
     memory::Memory,
-    request::Launch,
     stream::{Event, Stream},
+    stream_op::KernelLaunch,
 };
 use crate::error::Result;
 use cudarc::driver::sys;
 
 /// f32 elements on a GPU.
 #[derive(Clone, Copy, Debug)]
-pub struct Span {
+pub struct DeviceSpan {
     /// Of the first, as the GPU counts.
     pub address: u64,
     /// How many.
     pub len: usize,
 }
 
-impl Span {
+impl DeviceSpan {
     /// `len` elements from element `first` on.
-    pub fn part(self, first: usize, len: usize) -> Span {
+    pub fn part(self, first: usize, len: usize) -> DeviceSpan {
         assert!(first + len <= self.len, "elements {first} to {} of {}", first + len, self.len);
-        Span { address: self.address + 4 * first as u64, len }
+        DeviceSpan { address: self.address + 4 * first as u64, len }
     }
 }
 
 /// Two pieces of memory, and a stream.
-pub struct Exchange {
+pub struct ReductionStaging {
     cuda: Cuda,
     stream: Stream,
-    out: Memory,
-    back: Memory,
+    send: Memory,
+    receive: Memory,
 }
 
 /// All that the kernels' stream was asked for until it was made.
-pub struct Before(Event);
+pub struct KernelsDone(Event);
 
-impl Exchange {
+impl ReductionStaging {
     /// With room for so many elements in each direction.
-    pub fn new(cuda: &Cuda, elements: usize) -> Result<Exchange> {
+    pub fn new(cuda: &Cuda, elements: usize) -> Result<ReductionStaging> {
         let gpu = &cuda.0.gpu;
         libraries::check_events(&gpu.name)?;
         let memory = || Memory::new(gpu, 4 * elements);
-        Ok(Exchange { cuda: cuda.clone(), stream: Stream::new(gpu)?, out: memory()?, back: memory()? })
+        Ok(ReductionStaging { cuda: cuda.clone(), stream: Stream::new(gpu)?, send: memory()?, receive: memory()? })
     }
 
     /// What goes out.
-    pub fn out(&self) -> Span {
-        Span { address: self.out.address(), len: self.out.bytes() / 4 }
+    pub fn send_buffer(&self) -> DeviceSpan {
+        DeviceSpan { address: self.send.address(), len: self.send.bytes() / 4 }
     }
 
     /// What comes back.
-    pub fn back(&self) -> Span {
-        Span { address: self.back.address(), len: self.back.bytes() / 4 }
+    pub fn receive_buffer(&self) -> DeviceSpan {
+        DeviceSpan { address: self.receive.address(), len: self.receive.bytes() / 4 }
     }
 
     /// Where a buffer of f32 lies.
-    pub fn span(&self, buffer: &CudaBuffer) -> Span {
-        Span { address: buffer.address(0), len: buffer.len }
+    pub fn span(&self, buffer: &CudaBuffer) -> DeviceSpan {
+        DeviceSpan { address: buffer.address(0), len: buffer.len }
     }
 
     /// What has to be done before buffers can be read.
-    pub fn before(&self) -> Result<Before> {
-        let event = self.cuda.settled(|gpu| Event::record(gpu, gpu.stream()));
-        event.map(Before).ok_or_else(|| self.cuda.first_failure().expect("what failed is remembered"))
+    pub fn record_kernels(&self) -> Result<KernelsDone> {
+        let event = self.cuda.after_flush(|gpu| Event::record(gpu, gpu.stream()));
+        event.map(KernelsDone).ok_or_else(|| self.cuda.first_failure().expect("what failed is remembered"))
     }
 
     /// The host waits for the kernels.
-    pub fn arrive(&self, before: &Before) -> Result<()> {
-        before.0.wait()
+    pub fn wait_for_kernels(&self, kernels: &KernelsDone) -> Result<()> {
+        kernels.0.wait()
     }
 
-    /// The host waits for all that [`Exchange::copy`] and [`Exchange::add`] do.
-    pub fn finish(&self) -> Result<()> {
+    /// The host waits for all that [`ReductionStaging::copy`] and [`ReductionStaging::add`] do.
+    pub fn synchronize(&self) -> Result<()> {
         self.cuda.first_failure().map_or(Ok(()), Err)?;
         self.stream.synchronize()
     }
 
     /// `to = from`, of one length.
-    pub fn copy(&self, from: Span, to: Span) -> Result<()> {
+    pub fn copy(&self, from: DeviceSpan, to: DeviceSpan) -> Result<()> {
         assert_eq!(from.len, to.len, "copy: lengths");
         if from.len == 0 {
             return Ok(());
@@ -95,12 +95,13 @@ impl Exchange {
     }
 
     /// `to += from`, of one length.
-    pub fn add(&self, from: Span, to: Span) {
+    pub fn add(&self, from: DeviceSpan, to: DeviceSpan) {
         assert_eq!(from.len, to.len, "add: lengths");
         let args = [1f32.into(), from.address.into(), to.address.into(), from.len.into()];
         if from.len > 0 {
-            let launch = Launch { kernel: "axpy", grid: [blocks(from.len), 1, 1], shared: 0, args: args.to_vec() };
-            self.cuda.attempt(|_| self.cuda.start(self.stream.handle(), &launch));
+            let launch =
+                KernelLaunch { kernel: "axpy", grid: [blocks(from.len), 1, 1], shared: 0, args: args.to_vec() };
+            self.cuda.guarded(|_| self.cuda.start(self.stream.handle(), &launch));
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Requests that are held back: those that make no graph of each other, and other threads.
+//! Requests that are deferred: those that make no graph of each other, and other threads.
 
-use crate::common::cuda_double::open;
+use crate::common::cuda_emulator::open;
 use relora_kit::ops::{Device, Mat, MatMut};
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -11,7 +11,7 @@ use std::{
 fn lists_that_differ_are_not_taken_for_each_other() {
     let device = open();
     let mut early = Some(device.upload(&[100.0; 40]));
-    assert!(device.hold(), "graphs need a driver of CUDA 12.3 or newer");
+    assert!(device.begin_capture(), "graphs need a driver of CUDA 12.3 or newer");
     let (mut x_is, mut y_is) = (3.0, 5.0);
     let [mut x, mut y] = [x_is, y_is].map(|value| device.upload(&[value; 40]));
     // The same until it is a graph; then other extents, another factor, another filling, another place, other arguments.
@@ -33,13 +33,13 @@ fn lists_that_differ_are_not_taken_for_each_other() {
             copy_is += 100.0;
         }
         device.fill(&mut x, value);
-        device.send();
+        device.flush();
         assert_eq!(device.read(&product), [n as f32 * alpha * x_is * y_is; 16], "round {round}");
         assert_eq!(device.read(&copy), [copy_is; 40], "round {round}");
         x_is = value;
         assert_eq!(device.read(&x), [x_is; 40], "round {round}");
     }
-    device.release();
+    device.end_capture();
 }
 
 #[test]
@@ -50,8 +50,8 @@ fn threads_that_share_a_gpu_keep_what_they_ask_for_when_one_holds_back() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                device.hold();
-                device.release();
+                device.begin_capture();
+                device.end_capture();
                 std::thread::yield_now();
             }
         });

@@ -7,14 +7,14 @@
 // reported by a later call, and by all calls from then on.
 //
 // The environment decides about the machine:
-//   CUDA_DOUBLE_DEVICES    number of GPUs (1)
-//   CUDA_DOUBLE_CAPABILITY their compute capability (80 for 8.0)
-//   CUDA_DOUBLE_VERSION    CUDA version of the driver (12090)
-//   CUDA_DOUBLE_MEMORY     bytes of memory (2^31)
-//   CUDA_DOUBLE_LOSE_AFTER the GPU is lost after this many kernels (never)
-//   CUDA_DOUBLE_LOSE_AFTER_CALLS the GPU is lost after this many calls of cuBLAS and cuSOLVER that compute (never)
-//   CUDA_DOUBLE_NO_GRAPHS  whether streams refuse to take notes (0)
-//   CUDA_DOUBLE_SEED       of the order of blocks and threads (1)
+//   CUDA_EMULATOR_DEVICES    number of GPUs (1)
+//   CUDA_EMULATOR_CAPABILITY their compute capability (80 for 8.0)
+//   CUDA_EMULATOR_VERSION    CUDA version of the driver (12090)
+//   CUDA_EMULATOR_MEMORY     bytes of memory (2^31)
+//   CUDA_EMULATOR_LOSE_AFTER the GPU is lost after this many kernels (never)
+//   CUDA_EMULATOR_LOSE_AFTER_CALLS the GPU is lost after this many calls of cuBLAS and cuSOLVER that compute (never)
+//   CUDA_EMULATOR_NO_GRAPHS  whether streams refuse to take notes (0)
+//   CUDA_EMULATOR_SEED       of the order of blocks and threads (1)
 
 #include "device.h"
 
@@ -63,7 +63,7 @@ static unsigned long long setting(const char* name, unsigned long long otherwise
 static CUresult sticky = OK;
 static std::string sticky_text;
 // Why a call was refused that changes nothing.
-static std::string refusal = "refused by the test double";
+static std::string refusal = "refused by the CUDA emulator";
 
 static void fail(CUresult code, const std::string& text) {
     if (sticky != OK) return;
@@ -147,11 +147,11 @@ static void leave(CUresult code, const std::string& text) {
 }
 
 // Runs `work`, unless something has failed. A fault in it becomes the sticky failure.
-extern "C" CUresult cuda_double_protect(const char* what, void (*work)(void*), void* argument) {
+extern "C" CUresult cuda_emulator_protect(const char* what, void (*work)(void*), void* argument) {
     LOCK;
     if (sticky != OK) return sticky;
     requests++;
-    static unsigned long long calls, most = setting("CUDA_DOUBLE_LOSE_AFTER_CALLS", ~0ull);
+    static unsigned long long calls, most = setting("CUDA_EMULATOR_LOSE_AFTER_CALLS", ~0ull);
     if (strncmp(what, "kernel", 6) && calls++ >= most) {
         fail(LAUNCH_FAILED, "unspecified launch failure");
         return sticky;
@@ -181,19 +181,19 @@ struct Fiber {
 };
 
 #if !defined(__x86_64__)
-#error "the fibers of this test double are written for x86-64"
+#error "the fibers of this CUDA emulator are written for x86-64"
 #endif
-extern "C" void cuda_double_switch(void** save, void* load);
+extern "C" void cuda_emulator_switch(void** save, void* load);
 __asm__(
     ".text\n"
-    ".type cuda_double_switch, @function\n"
-    "cuda_double_switch:\n"
+    ".type cuda_emulator_switch, @function\n"
+    "cuda_emulator_switch:\n"
     "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
     "  movq %rsp, (%rdi)\n"
     "  movq %rsi, %rsp\n"
     "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
     "  ret\n"
-    ".size cuda_double_switch, .-cuda_double_switch\n");
+    ".size cuda_emulator_switch, .-cuda_emulator_switch\n");
 
 enum State { READY, AT_BARRIER, AT_SHUFFLE, DONE };
 
@@ -214,12 +214,12 @@ static std::vector<Thread> threads;
 static std::vector<Warp> warps;
 static unsigned current;
 static void* scheduler;
-static CudaDouble shared_state;
+static CudaEmulator shared_state;
 static void (*invoke)(void**);
 static void** arguments;
 
 static void hand_over() {
-    cuda_double_switch(&threads[current].fiber->sp, scheduler);
+    cuda_emulator_switch(&threads[current].fiber->sp, scheduler);
 }
 
 static void fiber_main() {
@@ -322,7 +322,7 @@ static void run_thread(const Launch& launch, unsigned t) {
     unsigned x = launch.block.x, y = launch.block.y;
     // One dimension is the common case, and divisions are slow.
     shared_state.thread = t < x ? Dim3{t, 0, 0} : Dim3{t % x, t / x % y, t / x / y};
-    cuda_double_switch(&scheduler, thread.fiber->sp);
+    cuda_emulator_switch(&scheduler, thread.fiber->sp);
     if (thread.state == DONE) idle.push_back(thread.fiber);
 }
 
@@ -378,7 +378,7 @@ static void run_block(const Launch& launch) {
 
 static void run_grid(void* argument) {
     const Launch& launch = *(Launch*)argument;
-    static const unsigned long long seed = setting("CUDA_DOUBLE_SEED", 1);
+    static const unsigned long long seed = setting("CUDA_EMULATOR_SEED", 1);
     static unsigned long long launches;
     chance.seed(seed * 1000003 + launches++);
     std::string kernel = running;
@@ -479,11 +479,11 @@ static std::map<Stream*, bool> streams;
     if (((Stream*)stream)->notes) return CAPTURE_UNSUPPORTED
 
 // Does the work, or notes it with a copy of its argument.
-extern "C" CUresult cuda_double_ask(Stream* stream, const char* what, void (*work)(void*), void* argument, size_t size) {
+extern "C" CUresult cuda_emulator_ask(Stream* stream, const char* what, void (*work)(void*), void* argument, size_t size) {
     LOCK;
     if (sticky != OK) return sticky;
     if (!streams.count(stream)) return INVALID_HANDLE;
-    if (!stream->notes) return cuda_double_protect(what, work, argument);
+    if (!stream->notes) return cuda_emulator_protect(what, work, argument);
     Node* node = new Node{stream->notes->nodes.size(), what, work, {(char*)argument, (char*)argument + size}};
     stream->notes->nodes.push_back(node);
     return OK;
@@ -512,7 +512,7 @@ static void run_copy(void* argument) {
 static void finish(Stream* stream) {
     std::vector<Deferred> jobs;
     jobs.swap(stream->deferred);
-    for (Deferred& job : jobs) cuda_double_protect(job.what.c_str(), job.work, job.argument);
+    for (Deferred& job : jobs) cuda_emulator_protect(job.what.c_str(), job.work, job.argument);
 }
 
 // Whether the memory lies in one allocation.
@@ -526,26 +526,26 @@ static bool inside(CUdeviceptr address, size_t bytes) {
 extern "C" {
 
 CUresult cuInit(unsigned) {
-    return setting("CUDA_DOUBLE_DEVICES", 1) == 0 ? NO_DEVICE : OK;
+    return setting("CUDA_EMULATOR_DEVICES", 1) == 0 ? NO_DEVICE : OK;
 }
 
 CUresult cuDriverGetVersion(int* version) {
-    *version = (int)setting("CUDA_DOUBLE_VERSION", 12090);
+    *version = (int)setting("CUDA_EMULATOR_VERSION", 12090);
     return OK;
 }
 
 CUresult cuDeviceGetCount(int* count) {
-    *count = (int)setting("CUDA_DOUBLE_DEVICES", 1);
+    *count = (int)setting("CUDA_EMULATOR_DEVICES", 1);
     return OK;
 }
 
 CUresult cuDeviceGet(int* device, int ordinal) {
     *device = ordinal;
-    return ordinal < (int)setting("CUDA_DOUBLE_DEVICES", 1) ? OK : INVALID_DEVICE;
+    return ordinal < (int)setting("CUDA_EMULATOR_DEVICES", 1) ? OK : INVALID_DEVICE;
 }
 
 CUresult cuDeviceGetName(char* name, int len, int) {
-    snprintf(name, len, "CUDA test double");
+    snprintf(name, len, "CUDA emulator");
     return OK;
 }
 
@@ -556,8 +556,8 @@ CUresult cuDeviceGetPCIBusId(char* id, int len, int device) {
 
 CUresult cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
-        case 75: *value = (int)setting("CUDA_DOUBLE_CAPABILITY", 80) / 10; return OK;
-        case 76: *value = (int)setting("CUDA_DOUBLE_CAPABILITY", 80) % 10; return OK;
+        case 75: *value = (int)setting("CUDA_EMULATOR_CAPABILITY", 80) / 10; return OK;
+        case 76: *value = (int)setting("CUDA_EMULATOR_CAPABILITY", 80) % 10; return OK;
         case 115: *value = 1; return OK; // memory pools
     }
     return INVALID_VALUE;
@@ -607,23 +607,23 @@ CUresult cuStreamSynchronize(Stream* stream) {
 }
 
 // For tests: what was counted so far.
-unsigned long long cuda_double_waits() {
+unsigned long long cuda_emulator_waits() {
     return waits;
 }
 
-unsigned long long cuda_double_requests() {
+unsigned long long cuda_emulator_requests() {
     return requests;
 }
 
-unsigned long long cuda_double_graphs() {
+unsigned long long cuda_emulator_graphs() {
     return graphs;
 }
 
-unsigned long long cuda_double_memory_requests() {
+unsigned long long cuda_emulator_memory_requests() {
     return memory_requests;
 }
 
-unsigned long long cuda_double_growths() {
+unsigned long long cuda_emulator_growths() {
     return growths;
 }
 
@@ -631,7 +631,7 @@ CUresult cuMemPoolCreate(int** pool, const void* properties) {
     READY_OR_RETURN;
     // Pinned memory of device 0 or another: type, handles, kind of the location, its number.
     const int* p = (const int*)properties;
-    if (p[0] != 1 || p[1] != 0 || p[2] != 1 || p[3] >= (int)setting("CUDA_DOUBLE_DEVICES", 1)) return INVALID_VALUE;
+    if (p[0] != 1 || p[1] != 0 || p[2] != 1 || p[3] >= (int)setting("CUDA_EMULATOR_DEVICES", 1)) return INVALID_VALUE;
     *pool = &the_pool;
     return OK;
 }
@@ -664,7 +664,7 @@ CUresult cuMemAllocFromPoolAsync(CUdeviceptr* result, size_t bytes, int* pool, S
     NO_NOTES_OR_RETURN(stream);
     if (bytes == 0 || pool != &the_pool) return INVALID_VALUE;
     memory_requests++;
-    if (used + bytes > setting("CUDA_DOUBLE_MEMORY", 1ull << 31)) return OUT_OF_MEMORY;
+    if (used + bytes > setting("CUDA_EMULATOR_MEMORY", 1ull << 31)) return OUT_OF_MEMORY;
     size_t pages = (bytes + page() - 1) / page() * page();
     Allocation a;
     a.bytes = bytes;
@@ -703,7 +703,7 @@ CUresult cuMemFreeAsync(CUdeviceptr address, Stream* stream) {
 
 CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
     READY_OR_RETURN;
-    *total = setting("CUDA_DOUBLE_MEMORY", 1ull << 31);
+    *total = setting("CUDA_EMULATOR_MEMORY", 1ull << 31);
     *free = *total - reserved;
     return OK;
 }
@@ -729,7 +729,7 @@ CUresult cuMemsetD32Async(CUdeviceptr address, unsigned value, size_t count, Str
     if (!inside(address, 4 * count)) return INVALID_VALUE;
     Fill fill = {address, value, count};
     stream->asked++;
-    return cuda_double_ask(stream, "kernel that fills", run_fill, &fill, sizeof fill);
+    return cuda_emulator_ask(stream, "kernel that fills", run_fill, &fill, sizeof fill);
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void* source, size_t bytes, Stream* stream) {
@@ -763,16 +763,16 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t byt
     if (!inside(source, bytes) || !inside(target, bytes)) return INVALID_VALUE;
     Copy copy = {target, source, bytes};
     stream->asked++;
-    return cuda_double_ask(stream, "kernel that copies", run_copy, &copy, sizeof copy);
+    return cuda_emulator_ask(stream, "kernel that copies", run_copy, &copy, sizeof copy);
 }
 
 // An image is what nvrtc.cpp makes: a mark, its size, a shared library.
 CUresult cuModuleLoadData(Module** result, const void* image) {
     READY_OR_RETURN;
-    if (memcmp(image, "CUDADBLE", 8)) return INVALID_IMAGE;
+    if (memcmp(image, "CUDAEMUL", 8)) return INVALID_IMAGE;
     size_t size;
     memcpy(&size, (const char*)image + 8, sizeof size);
-    char path[] = "/tmp/cuda_double_XXXXXX";
+    char path[] = "/tmp/cuda_emulator_XXXXXX";
     int file = mkstemp(path);
     if (file < 0 || write(file, (const char*)image + 16, size) != (ssize_t)size) return INVALID_IMAGE;
     close(file);
@@ -780,11 +780,11 @@ CUresult cuModuleLoadData(Module** result, const void* image) {
     module->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     unlink(path);
     if (!module->library) {
-        fprintf(stderr, "cuda double: %s\n", dlerror());
+        fprintf(stderr, "cuda emulator: %s\n", dlerror());
         return INVALID_IMAGE;
     }
-    ((void (*)(CudaDouble*))dlsym(module->library, "cuda_double_attach"))(&shared_state);
-    auto shared = (void (*)(char**, char**))dlsym(module->library, "cuda_double_shared");
+    ((void (*)(CudaEmulator*))dlsym(module->library, "cuda_emulator_attach"))(&shared_state);
+    auto shared = (void (*)(char**, char**))dlsym(module->library, "cuda_emulator_shared");
     shared(&module->shared_start, &module->shared_stop);
     *result = module;
     return OK;
@@ -792,9 +792,9 @@ CUresult cuModuleLoadData(Module** result, const void* image) {
 
 CUresult cuModuleGetFunction(Function** result, Module* module, const char* name) {
     READY_OR_RETURN;
-    void* symbol = dlsym(module->library, (std::string("cuda_double_kernel_") + name).c_str());
-    auto threads = (unsigned*)dlsym(module->library, (std::string("cuda_double_threads_") + name).c_str());
-    auto sizes = (const unsigned* (*)())dlsym(module->library, (std::string("cuda_double_sizes_of_") + name).c_str());
+    void* symbol = dlsym(module->library, (std::string("cuda_emulator_kernel_") + name).c_str());
+    auto threads = (unsigned*)dlsym(module->library, (std::string("cuda_emulator_threads_") + name).c_str());
+    auto sizes = (const unsigned* (*)())dlsym(module->library, (std::string("cuda_emulator_sizes_of_") + name).c_str());
     if (!symbol || !threads || !sizes) return NOT_FOUND;
     module->functions[name] = {name, (void (*)(void**))symbol, *threads, module->shared_start, module->shared_stop, sizes()};
     *result = &module->functions[name];
@@ -815,12 +815,12 @@ static CUresult check_launch(Function* function, Dim3 grid, Dim3 b, unsigned dyn
 }
 
 static void run_launch(const Launch& launch) {
-    static unsigned long long launches, most = setting("CUDA_DOUBLE_LOSE_AFTER", ~0ull);
+    static unsigned long long launches, most = setting("CUDA_EMULATOR_LOSE_AFTER", ~0ull);
     if (launches++ >= most) {
         fail(LAUNCH_FAILED, "unspecified launch failure");
         return;
     }
-    cuda_double_protect(("kernel " + launch.function->name).c_str(), run_grid, (void*)&launch);
+    cuda_emulator_protect(("kernel " + launch.function->name).c_str(), run_grid, (void*)&launch);
     if (sticky != OK) reset_fibers();
 }
 
@@ -885,7 +885,7 @@ CUresult cuStreamEndCapture(Stream* stream, Graph** graph) {
     STREAM_OR_RETURN(stream);
     *graph = stream->notes;
     stream->notes = nullptr;
-    if (*graph && setting("CUDA_DOUBLE_NO_GRAPHS", 0)) {
+    if (*graph && setting("CUDA_EMULATOR_NO_GRAPHS", 0)) {
         *graph = nullptr;
         return CAPTURE_UNSUPPORTED;
     }
@@ -931,7 +931,7 @@ CUresult cuGraphLaunch(Ready* ready, Stream* stream) {
     unsigned long long before = requests;
     for (Node& node : ready->nodes) {
         if (!node.function) {
-            cuda_double_protect(node.what.c_str(), node.work, node.argument.data());
+            cuda_emulator_protect(node.what.c_str(), node.work, node.argument.data());
             continue;
         }
         std::vector<void*> args;
@@ -997,7 +997,7 @@ CUresult cuEventDestroy_v2(Event* event) {
 }
 
 // For nccl.cpp. What it reads must be there: the stream has to wait for all that the others were asked for.
-int cuda_double_defer(Stream* stream, const char* what, void (*work)(void*), void* argument) {
+int cuda_emulator_defer(Stream* stream, const char* what, void (*work)(void*), void* argument) {
     LOCK;
     if (sticky != OK || !streams.count(stream)) return 0;
     for (auto& [other, _] : streams) {

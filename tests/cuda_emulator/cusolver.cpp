@@ -125,7 +125,7 @@ typedef int (*Protect)(const char*, void (*)(void*), void*);
 
 static Protect protect() {
     void* driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return driver ? (Protect)dlsym(driver, "cuda_double_protect") : nullptr;
+    return driver ? (Protect)dlsym(driver, "cuda_emulator_protect") : nullptr;
 }
 
 extern "C" {

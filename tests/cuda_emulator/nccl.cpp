@@ -1,7 +1,7 @@
 // A stand-in for libnccl.so.2: sums and copies between the processes of one machine, through shared memory and in the order
 // of the ranks. As on a GPU nothing has happened when a call returns: driver.cpp does it when something waits for the stream.
 //
-//   CUDA_DOUBLE_NCCL_FAIL_AFTER  the network fails after this many calls (never)
+//   CUDA_EMULATOR_NCCL_FAIL_AFTER  the network fails after this many calls (never)
 
 #include <atomic>
 #include <cstdio>
@@ -37,7 +37,7 @@ typedef int (*Defer)(void* stream, const char* what, void (*work)(void*), void* 
 
 static Defer defer() {
     void* driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return driver ? (Defer)dlsym(driver, "cuda_double_defer") : nullptr;
+    return driver ? (Defer)dlsym(driver, "cuda_emulator_defer") : nullptr;
 }
 
 // Returns when all processes have come here.
@@ -82,7 +82,7 @@ static void run(void* argument) {
 static int groups;
 
 static Result begin(const char* what, const void* from, void* to, size_t count, int type, int root, Comm* comm, void* stream) {
-    static int calls, most = getenv("CUDA_DOUBLE_NCCL_FAIL_AFTER") ? atoi(getenv("CUDA_DOUBLE_NCCL_FAIL_AFTER")) : -1;
+    static int calls, most = getenv("CUDA_EMULATOR_NCCL_FAIL_AFTER") ? atoi(getenv("CUDA_EMULATOR_NCCL_FAIL_AFTER")) : -1;
     if (most >= 0 && calls++ >= most) return REMOTE_ERROR;
     if (!comm || type != 7 || root >= comm->size) return INVALID_ARGUMENT;
     Job* job = new Job{comm, (const float*)from, (float*)to, count, root};
@@ -94,7 +94,7 @@ extern "C" {
 Result ncclGetUniqueId(Id* id) {
     static int made;
     memset(id, 0, sizeof *id);
-    snprintf(id->name, sizeof id->name, "/cuda_double_nccl_%d_%d", getpid(), made++);
+    snprintf(id->name, sizeof id->name, "/cuda_emulator_nccl_%d_%d", getpid(), made++);
     int file = shm_open(id->name, O_CREAT | O_EXCL | O_RDWR, 0600);
     if (file < 0 || ftruncate(file, sizeof(Shared))) return SYSTEM_ERROR;
     void* memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
@@ -150,7 +150,7 @@ const char* ncclGetErrorString(Result result) {
         case SYSTEM_ERROR: return "unhandled system error";
         case INVALID_USAGE: return "invalid usage: the stream does not wait for the kernels before";
         case REMOTE_ERROR: return "remote process exited or there was a network error";
-        default: return "refused by the test double";
+        default: return "refused by the CUDA emulator";
     }
 }
 }

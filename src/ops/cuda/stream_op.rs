@@ -1,4 +1,4 @@
-//! What the stream of the kernels is asked for, as values: asked for at once, or held back and recognised ([`super::held`]).
+//! What the stream of the kernels is asked for, as values: asked for at once, or held back and recognised ([`super::launch_queue`]).
 
 use super::{Cuda, THREADS, blas::Product, memory::Memory};
 use crate::error::Result;
@@ -7,8 +7,8 @@ use std::ffi::c_void;
 
 /// One thing for the GPU to do. It says all that decides about it, so equal requests do the same to what lies at their addresses.
 #[derive(Clone, PartialEq)]
-pub(super) enum Request {
-    Kernel(Launch),
+pub(super) enum StreamOp {
+    Kernel(KernelLaunch),
     Product(Product),
     /// Every one of `words` times 4 bytes becomes `value`.
     Fill {
@@ -25,7 +25,7 @@ pub(super) enum Request {
 
 /// A kernel and what it is given.
 #[derive(Clone, PartialEq)]
-pub(super) struct Launch {
+pub(super) struct KernelLaunch {
     pub kernel: &'static str,
     pub grid: [u32; 3],
     /// Bytes of shared memory of the launch's own choice.
@@ -101,18 +101,18 @@ impl From<&Memory> for Arg {
     }
 }
 
-impl Launch {
+impl KernelLaunch {
     /// Its arguments as the driver takes them.
     pub fn pointers(&self) -> Vec<*mut c_void> {
         self.args.iter().map(Arg::pointer).collect()
     }
 }
 
-impl Request {
+impl StreamOp {
     /// Whether a graph of the other can be made one of this: kernels may be given other arguments, all else is fixed.
-    pub fn is_like(&self, other: &Request) -> bool {
+    pub fn is_like(&self, other: &StreamOp) -> bool {
         match (self, other) {
-            (Request::Kernel(one), Request::Kernel(other)) => one.kernel == other.kernel,
+            (StreamOp::Kernel(one), StreamOp::Kernel(other)) => one.kernel == other.kernel,
             _ => self == other,
         }
     }
@@ -120,18 +120,18 @@ impl Request {
 
 impl Cuda {
     /// Asks the stream for it.
-    pub(super) fn issue(&self, request: &Request) -> Result<()> {
+    pub(super) fn submit(&self, request: &StreamOp) -> Result<()> {
         let gpu = &self.0.gpu;
         match request {
-            Request::Kernel(launch) => self.start(gpu.stream(), launch),
-            Request::Product(product) => self.0.blas.multiply(gpu, product),
-            Request::Fill { address, value, words } => gpu.fill(*address, *value, *words),
-            Request::Copy { from, to, bytes } => gpu.copy(*from, *to, *bytes),
+            StreamOp::Kernel(launch) => self.start(gpu.stream(), launch),
+            StreamOp::Product(product) => self.0.blas.multiply(gpu, product),
+            StreamOp::Fill { address, value, words } => gpu.fill(*address, *value, *words),
+            StreamOp::Copy { from, to, bytes } => gpu.copy(*from, *to, *bytes),
         }
     }
 
     /// Starts a kernel on a stream.
-    pub(super) fn start(&self, stream: sys::CUstream, launch: &Launch) -> Result<()> {
+    pub(super) fn start(&self, stream: sys::CUstream, launch: &KernelLaunch) -> Result<()> {
         let gpu = &self.0.gpu;
         gpu.enter()?;
         let (mut pointers, [x, y, z]) = (launch.pointers(), launch.grid);

@@ -3,7 +3,7 @@
 
 /// The numbers of one update.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Tally {
+pub struct StepStats {
     /// Loss, of all passes.
     pub loss: f64,
     /// Sum of squares of the whole gradient.
@@ -14,12 +14,12 @@ pub struct Tally {
     pub signals: f64,
 }
 
-/// Elements of one process's share of an update's numbers, see [`super::Device::share_tally`].
-pub const TALLY_SHARE: usize = 4;
+/// Elements of one process's share of an update's numbers, see [`super::Device::pack_step_stats`].
+pub const PACKED_STATS: usize = 4;
 
-impl Tally {
+impl StepStats {
     /// The loss in three numbers that add up to it, and a signal.
-    pub fn share(&self, signal: f32) -> [f32; TALLY_SHARE] {
+    pub fn share(&self, signal: f32) -> [f32; PACKED_STATS] {
         let mut rest = self.loss;
         let mut part = || {
             let part = rest as f32;
@@ -32,7 +32,7 @@ impl Tally {
     /// Replaces loss and signals by the sums of these shares, in their order.
     pub fn join(&mut self, shares: &[f32]) {
         (self.loss, self.signals) = (0.0, 0.0);
-        for share in shares.chunks_exact(TALLY_SHARE) {
+        for share in shares.chunks_exact(PACKED_STATS) {
             self.loss += share[..3].iter().map(|part| f64::from(*part)).sum::<f64>();
             self.signals += f64::from(share[3]);
         }
@@ -56,22 +56,22 @@ mod tests {
     #[test]
     fn shares_add_up_to_the_last_bit() {
         let losses = [std::f64::consts::PI, 1e-9 / 3.0, 12.5];
-        let share = |loss: &f64| Tally { loss: *loss, ..Tally::default() }.share(0.5);
-        let mut tally = Tally { factor: 1.0, ..Tally::default() };
-        tally.join(losses.each_ref().map(share).as_flattened());
-        assert_eq!((tally.loss, tally.signals, tally.factor), (losses.iter().sum(), 1.5, 1.0));
+        let share = |loss: &f64| StepStats { loss: *loss, ..StepStats::default() }.share(0.5);
+        let mut stats = StepStats { factor: 1.0, ..StepStats::default() };
+        stats.join(losses.each_ref().map(share).as_flattened());
+        assert_eq!((stats.loss, stats.signals, stats.factor), (losses.iter().sum(), 1.5, 1.0));
         for loss in [f64::NAN, f64::INFINITY] {
-            tally.join(&[share(&1.0), share(&loss)].concat());
-            assert!(!tally.loss.is_finite());
+            stats.join(&[share(&1.0), share(&loss)].concat());
+            assert!(!stats.loss.is_finite());
         }
     }
 
     #[test]
     fn gradients_are_clipped_to_the_largest_norm_and_dropped_if_not_finite() {
         let factor = |loss, squares, max_norm| {
-            let mut tally = Tally { loss, squares, ..Tally::default() };
-            tally.clip(max_norm);
-            tally.factor
+            let mut stats = StepStats { loss, squares, ..StepStats::default() };
+            stats.clip(max_norm);
+            stats.factor
         };
         assert_eq!(factor(1.0, 16.0, 2.0), 2.0 / (4.0 + 1e-6));
         assert_eq!([factor(1.0, 0.25, 2.0), factor(1.0, 16.0, 0.0)], [1.0; 2]);

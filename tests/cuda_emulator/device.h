@@ -13,7 +13,7 @@ struct Dim3 {
 };
 
 // Filled by the driver before a thread runs.
-struct CudaDouble {
+struct CudaEmulator {
     Dim3 thread, block, block_dim, grid_dim;
     void* dynamic_shared;
     void (*barrier)(int line);
@@ -21,35 +21,35 @@ struct CudaDouble {
 };
 
 extern "C" {
-CudaDouble* cuda_double;
+CudaEmulator* cuda_emulator;
 
-void cuda_double_attach(CudaDouble* from_driver) {
-    cuda_double = from_driver;
+void cuda_emulator_attach(CudaEmulator* from_driver) {
+    cuda_emulator = from_driver;
 }
 
 // All __shared__ variables of the module.
 extern char __start_cuda_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")));
 
-void cuda_double_shared(char** start, char** stop) {
+void cuda_emulator_shared(char** start, char** stop) {
     *start = __start_cuda_shared;
     *stop = __stop_cuda_shared;
 }
 }
 
 template <class... A, std::size_t... I>
-static void cuda_double_call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+static void cuda_emulator_call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
     kernel(*static_cast<std::decay_t<A>*>(args[I])...);
 }
 
 template <class... A>
-static void cuda_double_invoke(void (*kernel)(A...), void** args) {
-    cuda_double_call(kernel, args, std::index_sequence_for<A...>());
+static void cuda_emulator_invoke(void (*kernel)(A...), void** args) {
+    cuda_emulator_call(kernel, args, std::index_sequence_for<A...>());
 }
 
 // Bytes of each argument, then 0.
 template <class... A>
-static const unsigned* cuda_double_sizes(void (*)(A...)) {
+static const unsigned* cuda_emulator_sizes(void (*)(A...)) {
     static const unsigned sizes[] = {sizeof(std::decay_t<A>)..., 0};
     return sizes;
 }
@@ -60,18 +60,18 @@ static const unsigned* cuda_double_sizes(void (*)(A...)) {
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("cuda_shared")))
 
-#define threadIdx (cuda_double->thread)
-#define blockIdx (cuda_double->block)
-#define blockDim (cuda_double->block_dim)
-#define gridDim (cuda_double->grid_dim)
+#define threadIdx (cuda_emulator->thread)
+#define blockIdx (cuda_emulator->block)
+#define blockDim (cuda_emulator->block_dim)
+#define gridDim (cuda_emulator->grid_dim)
 
-#define __syncthreads() cuda_double->barrier(__LINE__)
-#define __shfl_xor_sync(mask, value, lanes) cuda_double_shuffle_xor(__LINE__, mask, value, lanes)
+#define __syncthreads() cuda_emulator->barrier(__LINE__)
+#define __shfl_xor_sync(mask, value, lanes) cuda_emulator_shuffle_xor(__LINE__, mask, value, lanes)
 
 template <class T>
-static T cuda_double_shuffle_xor(int line, unsigned mask, T value, int lanes) {
+static T cuda_emulator_shuffle_xor(int line, unsigned mask, T value, int lanes) {
     T other;
-    cuda_double->exchange(line, &value, &other, sizeof value, (cuda_double->thread.x % 32) ^ lanes, mask);
+    cuda_emulator->exchange(line, &value, &other, sizeof value, (cuda_emulator->thread.x % 32) ^ lanes, mask);
     return other;
 }
 
