@@ -133,7 +133,8 @@ pub struct Watched {
 
 struct Entry {
     path: PathBuf,
-    file: File,
+    // Shared: a model of hundreds of shards would run out of descriptors.
+    file: Arc<File>,
     len: u64,
     modified: (i64, i64),
     span: Mutex<Range<usize>>,
@@ -144,12 +145,12 @@ static WATCHED: Mutex<(Vec<Arc<Entry>>, Option<Error>)> = Mutex::new((Vec::new()
 
 impl Watched {
     /// Remembers what `file` is like now.
-    pub fn new(file: &File, path: &Path) -> Result<Watched> {
+    pub fn new(file: Arc<File>, path: &Path) -> Result<Watched> {
         let io = |e| Error::io("read", path, e);
         let meta = file.metadata().map_err(io)?;
         let entry = Arc::new(Entry {
             path: path.to_owned(),
-            file: file.try_clone().map_err(io)?,
+            file,
             len: meta.len(),
             modified: (meta.mtime(), meta.mtime_nsec()),
             span: Mutex::new(0..0),

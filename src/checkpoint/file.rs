@@ -15,6 +15,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// A mapped file whose header has been checked.
@@ -22,7 +23,7 @@ pub struct TensorFile {
     path: PathBuf,
     header: Header,
     map: Map,
-    file: File,
+    file: Arc<File>,
 }
 
 /// A mapped file of any format.
@@ -34,7 +35,7 @@ pub struct MappedFile {
 impl MappedFile {
     /// Maps `path`.
     pub fn open(path: &Path) -> Result<MappedFile> {
-        Ok(MappedFile { path: path.to_owned(), map: Map::new(&inputs::open(path)?, path)? })
+        Ok(MappedFile { path: path.to_owned(), map: Map::new(Arc::new(inputs::open(path)?), path)? })
     }
 
     /// Where the file is.
@@ -55,14 +56,14 @@ struct Map {
 }
 
 impl Map {
-    fn new(file: &File, path: &Path) -> Result<Map> {
+    fn new(file: Arc<File>, path: &Path) -> Result<Map> {
         // Before the mapping: what changes from here on is noticed.
-        let watched = Watched::new(file, path)?;
+        let watched = Watched::new(file.clone(), path)?;
         // SAFETY: the map is read-only and private to its owner. Our own writers never write in place (see `staged`). A
         // file that others cut short raises SIGBUS, which ends the process (`interrupt`); one that they rewrite changes
         // the bytes under us: these are numbers of any value and checked offsets, read through no reference to a type
         // with invalid values, and the result is withheld (`inputs::check_unchanged`).
-        let bytes = unsafe { Mmap::map(file) }.map_err(|e| Error::io("map", path, e))?;
+        let bytes = unsafe { Mmap::map(&*file) }.map_err(|e| Error::io("map", path, e))?;
         watched.mapped(&bytes);
         Ok(Map { bytes, _watched: watched })
     }
@@ -79,7 +80,8 @@ impl TensorFile {
 
     /// Maps an open file and checks its header; errors call it `path`.
     pub fn from_file(file: File, path: &Path) -> Result<TensorFile> {
-        let map = Map::new(&file, path)?;
+        let file = Arc::new(file);
+        let map = Map::new(file.clone(), path)?;
         let header = Header::parse(path, &map.bytes)?;
         Ok(TensorFile { path: path.to_owned(), header, map, file })
     }
