@@ -9,12 +9,14 @@ use super::{
     task::{Delta, Task, skipped},
 };
 use crate::{
-    delta::LowRank,
+    delta::{LowRank, Planned, forms::InMemory},
     error::{Error, Kind, Result},
     progress::Progress,
     threads,
     work_queue::{self, Budget, Need},
 };
+use ndarray::{Array2, s};
+use std::convert::Infallible;
 
 /// Measures `tasks`, some of `of` tasks, and warns about what cannot be measured.
 pub(super) fn measure_all(
@@ -81,7 +83,31 @@ fn measure(task: &Task, options: &Options, svd: SvdOptions) -> Result<Measured> 
             Err(e) if e.kind == Kind::Request => non_finite(task, options, e.message),
             Err(e) => Err(e),
         },
+        Delta::Adapter(planned) => match measure_adapter(planned, svd, tolerance(task, options)) {
+            Ok(sigma) => Ok(Measured::Matrices(vec![matrix(task, options, None, sigma, 0.0)])),
+            Err(e) if e.kind == Kind::Request => non_finite(task, options, e.message),
+            Err(e) => Err(e),
+        },
     }
+}
+
+/// From the factors of the update where it is one product of them, else of the matrix itself.
+fn measure_adapter(planned: &Planned, svd: SvdOptions, tolerance: f64) -> Result<Sigma> {
+    let mut update = planned.build_f64()?;
+    if let Some([(0, product)]) = update.factors() {
+        let values = factored::singular_values(std::slice::from_ref(product), svd, tolerance)?.pop();
+        return values.map(|v| v.own).ok_or_else(|| Error::environment("an update has no singular values"));
+    }
+    let mut dense = Array2::zeros(planned.shape);
+    // Such an update is only added: what the weight is does not matter.
+    update.prepare(&InMemory(Array2::zeros(planned.shape)))?;
+    update.rows(0..planned.shape.0, Array2::zeros((0, 0)).view(), dense.view_mut())?;
+    let block = |rows, columns, out: &mut [f64]| {
+        out.iter_mut().zip(dense.slice(s![rows, columns])).for_each(|(out, x)| *out = *x);
+        Ok(Ok::<(), Infallible>(()))
+    };
+    let Ok(sigma) = svd::streamed(planned.shape, svd, tolerance, BELOW, block)?;
+    Ok(sigma)
 }
 
 fn measure_factors(

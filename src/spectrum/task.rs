@@ -8,7 +8,7 @@ use super::{
     pair::Pair,
     svd::{PANEL, SvdOptions},
 };
-use crate::{checkpoint::Dtype, work_queue::Need};
+use crate::{checkpoint::Dtype, delta::Planned, work_queue::Need};
 
 /// One weight of one source.
 pub(super) struct Task<'a> {
@@ -29,6 +29,8 @@ pub(super) enum Delta<'a> {
     Difference(Pair<'a>),
     /// Factors of one delta per cycle, or of an adapter.
     Factored(CycleFactors<'a>),
+    /// The update of an adapter of another type than LoRA, which its tensors alone determine.
+    Adapter(Planned<'a>),
 }
 
 impl Task<'_> {
@@ -48,6 +50,9 @@ impl Task<'_> {
                 Need { cost, memory: 8.0 * short * (short + panel), gpu_memory: 0.0 }
             }
             Delta::Difference(_) => Need { cost, memory: 8.0 * short * (long + short.min(300.0)), gpu_memory: 0.0 },
+            Delta::Adapter(_) => {
+                Need { cost, memory: 8.0 * (short * long + short * (long + short.min(300.0))), gpu_memory: 0.0 }
+            }
             Delta::Factored(factors) => {
                 let rank = factors.total_rank() as f64;
                 let core = (rank.min(short), rank.min(long));

@@ -345,7 +345,7 @@ fn what_peft_cannot_merge_is_refused_by_name() {
         ("init_lora_weights", serde_json::json!("pissa_niter_4"), "pissa changed the base's weights"),
         ("layer_replication", serde_json::json!([[0, 2]]), "layer_replication is set"),
         ("use_dora", serde_json::json!(true), "has no magnitude"),
-        ("peft_type", serde_json::json!("POLY"), "is a POLY adapter, which has no merged form"),
+        ("peft_type", serde_json::json!("POLY"), "is a POLY adapter, which cannot be merged"),
     ] {
         let small = Small::new();
         let path = small.path("adapter").join("adapter_config.json");

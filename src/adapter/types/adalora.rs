@@ -18,6 +18,10 @@ impl AdapterType for AdaLora {
         About { id: "ADALORA", name: "AdaLoRA", prefix: "lora_", slots: &["lora_A", "lora_B", "lora_E", "ranknum"] }
     }
 
+    fn shape(&self, module: &Module) -> Result<Option<(usize, usize)>> {
+        Ok(Some((values::extents(module, "lora_B")?.0, values::extents(module, "lora_A")?.1)))
+    }
+
     fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
         let (a, b, e) =
             (values::extents(module, "lora_A")?, values::extents(module, "lora_B")?, module.need("lora_E")?);

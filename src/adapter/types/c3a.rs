@@ -15,6 +15,11 @@ impl AdapterType for C3a {
         About { id: "C3A", name: "C3A", prefix: "c3a_", slots: &["c3a_kernel"] }
     }
 
+    fn shape(&self, module: &Module) -> Result<Option<(usize, usize)>> {
+        let [m, n, b] = *module.need("c3a_kernel")?.shape() else { return Ok(None) };
+        Ok(Some((m * b, n * b)))
+    }
+
     fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
         let [m, n, b] = *module.need("c3a_kernel")?.shape() else { return Ok(false) };
         Ok(b > 0 && (m * b, n * b) == layer.shape())

@@ -22,6 +22,10 @@ impl AdapterType for DeLora {
         }
     }
 
+    fn shape(&self, module: &Module) -> Result<Option<(usize, usize)>> {
+        Ok(Some((values::extents(module, "delora_B")?.0, values::extents(module, "delora_A")?.1)))
+    }
+
     fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
         let (a, b) = (values::extents(module, "delora_A")?, values::extents(module, "delora_B")?);
         let rank = a.0 == b.1 && a.0 == module.config().rank_of(module.name());

@@ -25,6 +25,11 @@ impl AdapterType for LoKr {
         }
     }
 
+    fn shape(&self, module: &Module) -> Result<Option<(usize, usize)>> {
+        let (w1, w2, misaligned) = shapes(module)?;
+        Ok(misaligned.is_none().then_some((w1.0 * w2.0, w1.1 * w2.1)))
+    }
+
     fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
         let (w1, w2, _) = shapes(module)?;
         Ok((w1.0 * w2.0, w1.1 * w2.1) == layer.shape())

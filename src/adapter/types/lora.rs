@@ -493,10 +493,7 @@ impl AdapterType for Lora {
         if lora.magnitude.is_some() || lora.diag.is_some() || lora.experts > 1 {
             return Ok(None);
         }
-        Ok(Some(match module.config().fan_in_fan_out || lora.embedding {
-            true => (lora.in_features, lora.out_features),
-            false => (lora.out_features, lora.in_features),
-        }))
+        Ok(Some((lora.out_features, lora.in_features)))
     }
 
     fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {

@@ -144,8 +144,7 @@ pub trait AdapterType: Sync {
         None
     }
 
-    /// The shape of the weight as stored, where the module's tensors alone determine the update: it can be measured without
-    /// the base.
+    /// `(out, input)` where the module's tensors alone determine the update, so that it can be measured without the base.
     fn shape(&self, _module: &Module) -> Result<Option<(usize, usize)>> {
         Ok(None)
     }
@@ -389,4 +388,23 @@ pub fn parse_key(peft_type: &str, key: &str) -> Option<Key> {
 /// `peft_type` of every type that can be merged.
 pub fn ids() -> impl Iterator<Item = &'static str> {
     TYPES.iter().map(|t| t.id())
+}
+
+/// Plans the update of a module whose tensors alone determine it; `None` if it depends on the base.
+pub fn plan_alone<'a>(module: &Module<'a>) -> Result<Option<Planned<'a>>> {
+    let kind = module.adapter().kind();
+    kind.check_mergeable(module.adapter())?;
+    let Some((out, input)) = kind.shape(module)? else { return Ok(None) };
+    let shape = if module.config().fan_in_fan_out { [input, out] } else { [out, input] };
+    let name = module.tensor_name();
+    let site = Site {
+        parameter: Parameter::Weight,
+        name: &name,
+        shape: &shape,
+        base: module.adapter().path(),
+        weight: 1.0,
+        experts_in_out: false,
+        all: &[],
+    };
+    kind.plan(module, &site)
 }

@@ -44,6 +44,10 @@ impl AdapterType for UniLora {
         }
     }
 
+    fn shape(&self, module: &Module) -> Result<Option<(usize, usize)>> {
+        Ok(Some((values::extents(module, "unilora_indices_B")?.0, values::extents(module, "unilora_indices_A")?.1)))
+    }
+
     fn fits(&self, module: &Module, layer: &Layer) -> Result<bool> {
         let [a, b, of_a, of_b] = ["indices_A", "indices_B", "scales_A", "scales_B"]
             .map(|slot| values::extents(module, &format!("unilora_{slot}")));

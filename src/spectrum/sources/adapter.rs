@@ -7,8 +7,8 @@ use super::super::{
     task::{Delta, Task, skipped},
 };
 use crate::{
-    adapter::{Adapter, LoraModule},
-    checkpoint::{Filter, natural_key},
+    adapter::{Adapter, LoraModule, types},
+    checkpoint::{Dtype, Filter, natural_key},
     error::{Error, Result},
 };
 
@@ -20,6 +20,9 @@ pub(super) fn list<'a>(
     tasks: &mut Vec<Task<'a>>,
     skip: &mut Vec<Skipped>,
 ) -> Result<()> {
+    if adapter.kind().id() != "LORA" {
+        return list_updates(label, adapter, filter, tasks, skip);
+    }
     let modules = low_rank_modules(label, adapter, filter, skip)?;
     let ids = names::module_ids(modules.iter().map(|m| m.name));
     for (module, id) in modules.into_iter().zip(ids) {
@@ -27,6 +30,49 @@ pub(super) fn list<'a>(
         tasks.push(task(label, id, CycleFactors { modules, merged_into: None }, None));
     }
     Ok(())
+}
+
+/// Adds the modules of an adapter of another type than LoRA.
+fn list_updates<'a>(
+    label: &str,
+    adapter: &'a Adapter,
+    filter: &Filter,
+    tasks: &mut Vec<Task<'a>>,
+    skip: &mut Vec<Skipped>,
+) -> Result<()> {
+    let mut modules: Vec<_> = adapter.modules().filter(|module| filter.takes(&module.tensor_name())).collect();
+    modules.sort_by_cached_key(|module| natural_key(module.name()));
+    let ids = names::module_ids(modules.iter().map(|module| module.name()));
+    for (module, id) in modules.iter().zip(ids) {
+        let Some(planned) = types::plan_alone(module)? else {
+            let (name, path) = (module.name(), adapter.path().display());
+            return Err(Error::request(format!(
+                "what {} changes in '{name}' depends on the base, which '{path}' does not hold",
+                adapter.kind().name()
+            ))
+            .help("merge the adapter with `relora-kit merge`, then pass --base and --tuned"));
+        };
+        tasks.push(Task {
+            label: label.to_owned(),
+            name: module.tensor_name(),
+            module: id,
+            shape: planned.shape,
+            dtype: planned.tensors.first().map_or(Dtype::F32, |tensor| tensor.dtype()),
+            r: Some(planned.rank).filter(|rank| *rank > 0),
+            cycles: None,
+            delta: Delta::Adapter(planned),
+        });
+    }
+    skip_others(label, adapter, filter, skip);
+    Ok(())
+}
+
+/// Lists the tensors that are stored in full.
+fn skip_others(label: &str, adapter: &Adapter, filter: &Filter, skip: &mut Vec<Skipped>) {
+    for (name, _, tensor) in adapter.others().filter(|(name, ..)| filter.takes(name)) {
+        let weight = tensor.shape().len() > 1;
+        skip.push(skipped(name, label, Reason::NotLowRank, "it is stored in full".into(), weight));
+    }
 }
 
 /// The task for the deltas of one module, named and shaped as the last of them.
@@ -76,15 +122,15 @@ pub(super) fn low_rank_modules<'a>(
         if module.magnitude.is_some() {
             return Err(refuse("DoRA scales it with the norms of the base weight"));
         }
+        if module.diag.is_some() {
+            return Err(refuse("KaSA replaces some of the base's singular parts"));
+        }
         if module.experts > 1 {
             return Err(refuse("the factors of several experts are stacked"));
         }
         modules.push(module);
     }
-    for (name, _, tensor) in adapter.others().filter(|(name, ..)| filter.takes(name)) {
-        let weight = tensor.shape().len() > 1;
-        skip.push(skipped(name, label, Reason::NotLowRank, "it is stored in full".into(), weight));
-    }
+    skip_others(label, adapter, filter, skip);
     modules.sort_by_cached_key(|m| natural_key(m.name));
     Ok(modules)
 }
