@@ -2,7 +2,6 @@
 
 use crate::{
     error::{Error, Result},
-    interrupt,
     model::Model,
     ops::Device,
     tokenize::Tokenizer,
@@ -90,7 +89,6 @@ pub fn generate<D: Device>(
     let mut decoder = model.decoder()?;
     let mut logits = Vec::new();
     for &id in &ids {
-        interrupt::check()?;
         logits = decoder.push(id)?;
     }
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
@@ -113,7 +111,6 @@ pub fn generate<D: Device>(
         if decoder.len() == config.max_position_embeddings {
             break Finish::Context;
         }
-        interrupt::check()?;
         logits = decoder.push(token)?;
     };
     // What an incomplete character at the end is decoded to.

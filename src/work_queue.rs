@@ -3,7 +3,7 @@
 //! A symmetric eigenproblem gains little from a second thread, so several matrices are never sped up by giving each
 //! more threads; a single one gets them all, inside BLAS, where products are large enough to gain from it.
 
-use crate::{error::Result, interrupt, threads};
+use crate::{error::Result, threads};
 use std::sync::{
     Condvar, Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -55,7 +55,7 @@ pub fn run<S, T: Send>(
         while !failed.load(Ordering::Relaxed) {
             let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
             capacity.acquire(needs[i]);
-            let result = interrupt::check().and_then(|()| work(&mut state, i));
+            let result = work(&mut state, i);
             capacity.release(needs[i]);
             failed.fetch_or(result.is_err(), Ordering::Relaxed);
             lock(&results)[i] = Some(result);

@@ -9,7 +9,7 @@ use super::{
     rounding::Rounding,
     stream,
 };
-use crate::{checkpoint::Dtype, error::Result, interrupt, threads};
+use crate::{checkpoint::Dtype, error::Result, threads};
 use serde::Serialize;
 
 /// Blocks of rows that are measured, spread over the tensor.
@@ -39,7 +39,6 @@ pub(super) fn find(output: &Output) -> Result<Option<DtypeAdvice>> {
             true => threads::with_serial_blas(|| sample::<f64>(output, dtype)),
             false => threads::with_serial_blas(|| sample::<f32>(output, dtype)),
         };
-        interrupt::check()?;
         // A type that is too narrow for some weight does not help.
         let retention = sums.ok().and_then(Retention::new).filter(|r| r.retention >= MIN_RETENTION);
         if let Some(retention) = retention {
@@ -55,7 +54,6 @@ fn sample<T: Element>(output: &Output, dtype: Dtype) -> Result<Sums> {
     let blocks: Vec<_> = stream::row_blocks(output).collect();
     let mut sums = Sums::default();
     for block in blocks.iter().step_by(blocks.len().div_ceil(SAMPLED).max(1)) {
-        interrupt::check()?;
         sums += apply::rows(output, dtype, &prepared, block.clone(), &mut scratch)?;
     }
     Ok(sums)

@@ -9,7 +9,6 @@ use crate::{
     adapter::types::values,
     delta::{Effect, Planned, Real, Update, Visit, Weight},
     error::{Error, Result},
-    interrupt,
 };
 use ndarray::{ArrayView2, ArrayViewMut2};
 use std::{collections::BTreeMap, ops::Range};
@@ -150,7 +149,6 @@ impl<T: Element> Weight<T> for Before<'_, '_, T> {
         let columns = self.output.matrix_shape().1;
         let (mut source, mut new, mut delta) = (Vec::new(), Vec::new(), Vec::new());
         for rows in self.output.row_blocks(BLOCK) {
-            interrupt::check()?;
             let shape = (rows.len(), columns);
             source.resize(rows.len() * columns, T::zero());
             T::read(&self.output.source, rows.start * columns, &mut source)?;

@@ -10,7 +10,6 @@ use super::{
 use crate::{
     checkpoint::{Checkpoint, EMBEDDING_NAME, HEAD_NAME, Tensor},
     error::{Error, Result},
-    interrupt,
     ops::{Device, Element, Quantisation, Quantised, Rounding},
 };
 use std::{borrow::Cow, collections::HashSet, path::PathBuf};
@@ -301,7 +300,6 @@ pub(super) fn load<D: Device>(
     check_names(config, checkpoint, &table)?;
     let mut params = Vec::with_capacity(table.len());
     for (name, kind, shape) in table {
-        interrupt::check()?;
         let tensor = checkpoint.tensor(&name)?;
         if tensor.shape() != shape {
             return Err(Error::request(format!(

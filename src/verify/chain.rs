@@ -116,6 +116,7 @@ pub(super) fn check_cycles(manifest: &Manifest, cycles: &[Adapter], progress: &P
         Budget::NONE,
         || (),
         |(), i| {
+            progress.check()?;
             bar.inc(1);
             let (_, _, module, fan_in_fan_out) = &factors[i];
             let delta = module.low_rank(*fan_in_fan_out)?;

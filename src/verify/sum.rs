@@ -109,6 +109,7 @@ pub(super) fn check(
         Budget::NONE,
         || (),
         |(), i| {
+            progress.check()?;
             let result = jobs[i].check();
             bar.inc(1);
             result

@@ -13,7 +13,6 @@ use crate::{
     adapter::{Adapter, config::CONFIG_NAME},
     checkpoint::{Checkpoint, Filter},
     error::Result,
-    interrupt,
     run::{RunDir, sha256_file},
 };
 use run::OpenRun;
@@ -116,7 +115,6 @@ impl OpenSource {
         let cycles = if let OpenSource::Run { run, .. } = self { Some(run.cycles()) } else { None };
         let mut files = BTreeMap::new();
         for file in self.files().into_iter().filter(|file| hashed(file)) {
-            interrupt::check()?;
             let hash = sha256_file(&file)?;
             files.insert(file.display().to_string(), hash);
         }
