@@ -19,7 +19,7 @@
 //!
 //! # fn main() -> relora_kit::Result<()> {
 //! let adapter = Adapter::open(Path::new("fixtures/tiny_adapter"))?;
-//! let module = adapter.modules().next().unwrap()?;
+//! let module = adapter.lora_modules().next().unwrap()?;
 //! assert_eq!(module.r, 4);
 //!
 //! let base = Checkpoint::open(Path::new("fixtures/tiny_llama"))?;
