@@ -16,6 +16,7 @@ use crate::{
     inputs,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
@@ -48,6 +49,12 @@ pub struct Manifest {
     /// Whether merged weights were quantised, `nf4` or `int8`, and are stored as the values that this left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantised: Option<String>,
+    /// The configuration, key by key, that the newest update was made with; empty in runs of 0.1.0.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub configuration: BTreeMap<String, Value>,
+    /// Keys that were changed when the run was resumed, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub changes: Vec<ConfigChange>,
     /// Training data: path, and sha256 of the token shard.
     pub data: BTreeMap<String, Hashed>,
     /// The checkpoint the first cycle started from; absent before the first cycle starts and in `full` mode.
@@ -115,6 +122,20 @@ impl Manifest {
             _ => Some(vec![step(kind, merges - before + copies)]),
         }
     }
+}
+
+/// A key of the configuration that was changed between two updates.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigChange {
+    /// Updates made before the change.
+    pub step: u64,
+    /// `section.key`.
+    pub key: String,
+    /// Its value before; null if it was absent.
+    pub from: Value,
+    /// Its value from then on.
+    pub to: Value,
 }
 
 /// A file outside the run, and what it was.

@@ -2,6 +2,7 @@
 
 use super::{DEVICE_VARIABLE, DeviceChoice, Outcome, Output, open_cuda, parse_device};
 use crate::{
+    adapter::config::CONFIG_NAME,
     checkpoint::Checkpoint,
     collective::Alone,
     error::{Error, Result},
@@ -35,7 +36,7 @@ pub struct Args {
     /// Windows per forward pass
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     batch_size: u16,
-    /// Predictions to evaluate at most (default: all)
+    /// Evaluate the first N predictions only (default: all)
     #[arg(long, value_name = "N")]
     max_predictions: Option<u64>,
     /// What to compute on: `cpu`, or an NVIDIA GPU, `cuda` or `cuda:N`
@@ -57,6 +58,10 @@ impl Args {
         let target = self.output.target(&Inputs::of([&self.model, &self.data]))?;
         let shard = TokenShard::open(&self.data)?;
         shard.check_tokenizer(&self.model)?;
+        if self.model.join(CONFIG_NAME).exists() && !self.model.join("config.json").exists() {
+            return Err(Error::request(format!("'{}' holds an adapter, expected a checkpoint", self.model.display()))
+                .help("merge it into its base first: relora-kit merge --base BASE --adapter ADAPTER -o MERGED"));
+        }
         let mut model = Model::load(device, &Checkpoint::open(&self.model)?)?;
         let longest = model.config().max_position_embeddings;
         let max_length = self.max_length.unwrap_or(longest);
@@ -66,7 +71,7 @@ impl Args {
             )));
         }
         shard.check_vocabulary(model.config().vocab_size)?;
-        let (windows, _) = Windows::split(&shard, max_length, None, 0.0)?;
+        let windows = Windows::all(&shard, max_length, "--max-length")?;
         let limit = self.max_predictions.unwrap_or(u64::MAX);
         let result = evaluate(&mut model, &shard, &windows, self.batch_size.into(), limit, &Alone, progress)?;
         report::emit(&result, self.output.format, target)?;

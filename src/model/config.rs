@@ -367,14 +367,39 @@ impl Keys<'_> {
 
     /// Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
     fn rope(&self) -> Result<(f64, RopeScaling)> {
+        if self.number("partial_rotary_factor", 1.0)? != 1.0 {
+            return Err(Error::request("partial_rotary_factor is not 1: partly rotated heads are not supported"));
+        }
         let theta = self.number("rope_theta", 10000.0)?;
-        let Some(value) = self.get("rope_parameters").or(self.get("rope_scaling")) else {
-            return Ok((theta, RopeScaling::None));
-        };
+        let given = |key| self.get(key).filter(|value| value.as_object().is_none_or(|object| !object.is_empty()));
+        // transformers 5 lets a rope_scaling replace rope_parameters as a whole, its rope_theta included, which hardly anybody
+        // who adds one means.
+        match (given("rope_parameters"), given("rope_scaling")) {
+            (None, None) => Ok((theta, RopeScaling::None)),
+            (Some(value), None) | (None, Some(value)) => Self::rope_of(value, theta),
+            (Some(new), Some(old)) => {
+                let (new_rope, old_rope) = (Self::rope_of(new, theta)?, Self::rope_of(old, theta)?);
+                if new_rope != old_rope {
+                    return Err(Error::request(format!(
+                        "rope_parameters {new} and rope_scaling {old} with rope_theta {theta} contradict each other"
+                    ))
+                    .help("remove one of them from config.json; transformers 5 would use rope_scaling alone"));
+                }
+                Ok(new_rope)
+            }
+        }
+    }
+
+    fn rope_of(value: &Value, theta: f64) -> Result<(f64, RopeScaling)> {
         let object = value
             .as_object()
             .ok_or_else(|| Error::request(format!("rope scaling is {value}, expected an object with rope_type")))?;
         let inner = Keys(object);
+        if let Some(layers) = object.iter().find_map(|(key, value)| value.is_object().then_some(key)) {
+            return Err(Error::request(format!(
+                "rope scaling has settings of its own for '{layers}': rotary embeddings that differ between layers are not supported"
+            )));
+        }
         let theta = inner.number("rope_theta", theta)?;
         if inner.number("partial_rotary_factor", 1.0)? != 1.0 {
             return Err(Error::request("partial_rotary_factor is not 1: partly rotated heads are not supported"));
@@ -415,6 +440,37 @@ mod tests {
         let mut value = tiny();
         value.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         LlamaConfig::from_value(&value).unwrap_err().message
+    }
+
+    #[test]
+    fn two_settings_of_rope_that_contradict_each_other_are_refused() {
+        let read = |change: Value| {
+            let mut value = tiny();
+            value.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+            LlamaConfig::from_value(&value).map(|c| (c.rope_theta, c.rope_scaling)).map_err(|e| e.message)
+        };
+        let linear = json!({"rope_type": "linear", "factor": 4.0});
+        let new = json!({"rope_type": "default", "rope_theta": 10000.0});
+        // transformers 5 reads the first as linear, others as default.
+        let message = read(json!({"rope_parameters": new, "rope_scaling": linear})).unwrap_err();
+        assert!(
+            message.contains("contradict") && message.contains("linear") && message.contains("default"),
+            "{message}"
+        );
+        // rope_scaling takes the theta of rope_parameters away.
+        let theta = json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 500000.0});
+        assert!(read(json!({"rope_parameters": theta, "rope_scaling": linear})).unwrap_err().contains("500000"));
+        let same = read(json!({"rope_parameters": theta, "rope_scaling": linear, "rope_theta": 500000.0}));
+        assert_eq!(same, Ok((500000.0, RopeScaling::Linear { factor: 4.0 })));
+        // Nothing is said by null or {}.
+        assert_eq!(read(json!({"rope_parameters": new, "rope_scaling": {}})), Ok((10000.0, RopeScaling::None)));
+        assert_eq!(
+            read(json!({"rope_parameters": null, "rope_scaling": linear})).unwrap().1,
+            RopeScaling::Linear { factor: 4.0 }
+        );
+        assert!(read(json!({"partial_rotary_factor": 0.5})).unwrap_err().contains("partial_rotary_factor"));
+        let nested = json!({"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}});
+        assert!(read(json!({"rope_parameters": nested})).unwrap_err().contains("full_attention"));
     }
 
     #[test]

@@ -35,8 +35,8 @@ impl Report for Summary {
             ("updates", self.steps.to_string()),
             ("cycles merged", self.cycles.to_string()),
             ("tokens", self.tokens.to_string()),
-            ("training loss (last tenth)", format!("{:.4}", self.loss)),
         ];
+        rows.extend(self.loss.map(|loss| ("training loss (last tenth)", format!("{loss:.4}"))));
         if let Some(e) = &self.evaluation {
             rows.push(("validation loss", format!("{:.4}", e.loss)));
             rows.push(("validation perplexity", format!("{:.3}", e.perplexity)));
@@ -47,7 +47,7 @@ impl Report for Summary {
         if self.world_size > 1 {
             rows.push(("processes", self.world_size.to_string()));
         }
-        rows.push(("tokens/s", format!("{:.0}", self.tokens_per_s)));
+        rows.extend(self.tokens_per_s.map(|speed| ("tokens/s", format!("{speed:.0}"))));
         rows.push(("time", indicatif::HumanDuration(Duration::from_secs_f64(self.seconds)).to_string()));
         if let Some(peak) = self.peak_memory {
             rows.push(("peak memory", bytes(peak)));

@@ -64,7 +64,7 @@ pub(super) fn resolve_warm_up(config: &mut Config, progress: &Progress) -> Resul
     }
     let m = &mut config.model;
     let Some(folder) = m.warmed_up_model.clone() else { return Ok(()) };
-    if m.warmed_up_steps.is_none() {
+    if m.warmed_up_steps.is_none() || m.warmed_up_tokens.is_none() {
         let files = ["training_state/state.json", "training_state.json"].map(|name| folder.join(name));
         match files.iter().find(|f| f.exists()) {
             Some(path) => {
@@ -73,9 +73,10 @@ pub(super) fn resolve_warm_up(config: &mut Config, progress: &Progress) -> Resul
                     Error::request(format!("'{}' is not a training state: {e}", path.display()))
                         .help("say with [model] warmed_up_steps how many updates the model has seen")
                 })?;
-                m.warmed_up_steps = Some(counts.step);
+                m.warmed_up_steps = m.warmed_up_steps.or(Some(counts.step));
                 m.warmed_up_tokens = m.warmed_up_tokens.or(Some(counts.tokens));
             }
+            None if m.warmed_up_steps.is_some() => {}
             None => {
                 m.warmed_up_steps = Some(0);
                 progress.warn(&format!(
@@ -85,6 +86,7 @@ pub(super) fn resolve_warm_up(config: &mut Config, progress: &Progress) -> Resul
             }
         }
     }
+    config.resolve_token_budget()?;
     config.check()
 }
 
@@ -113,6 +115,30 @@ fn override_keys(mut json: serde_json::Value, overrides: &toml::Table) -> Result
     LlamaConfig::from_value(&json).map_err(|e| Error { message: format!("[model] with overrides: {}", e.message), ..e })
 }
 
+/// Refuses a run that asks for evaluations but holds nothing out for them.
+pub(super) fn check_validation<D: Device>(
+    trainer: &Trainer<D>,
+    validation: &Option<(TokenShard, Windows)>,
+) -> Result<()> {
+    let (data, t) = (&trainer.config().data, &trainer.config().train);
+    if validation.is_some() {
+        return Ok(());
+    }
+    if data.validation_fraction > 0.0 {
+        let sequences = trainer.shard().len() / data.max_length;
+        return Err(Error::request(format!(
+            "data.validation_fraction {} of {sequences} sequences holds out none",
+            data.validation_fraction
+        ))
+        .help(format!("set it to {:.4} or more, or to 0", 1.0 / sequences.max(1) as f64)));
+    }
+    if t.eval_every > 0 {
+        return Err(Error::request(format!("train.eval_every is {}, but no data are held out", t.eval_every))
+            .help("set data.validation or data.validation_fraction, or remove train.eval_every"));
+    }
+    Ok(())
+}
+
 pub(super) fn open_validation<D: Device>(trainer: &Trainer<D>) -> Result<Option<(TokenShard, Windows)>> {
     let data = &trainer.config().data;
     let (shard, windows) = match &data.validation {
@@ -129,7 +155,7 @@ pub(super) fn open_validation<D: Device>(trainer: &Trainer<D>) -> Result<Option<
                 ))
                 .help("tokenize both with the same tokenizer"));
             }
-            let (windows, _) = Windows::split(&shard, data.max_length, None, 0.0)?;
+            let windows = Windows::all(&shard, data.max_length, "data.max_length")?;
             (shard, windows)
         }
         None => {

@@ -42,7 +42,7 @@ pub struct UpdateRow {
 }
 
 /// One evaluation.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvalRow {
     /// Updates made.
     pub step: u64,
@@ -70,6 +70,7 @@ pub struct Metrics {
     path: PathBuf,
     file: File,
     events: EventFile,
+    last_evaluation: Option<EvalRow>,
 }
 
 /// A row of the file.
@@ -117,10 +118,16 @@ impl Metrics {
             .split_inclusive('\n')
             .filter(|line| line.ends_with('\n') && serde_json::from_str::<Row>(line).is_ok_and(|r| r.step <= step))
             .collect();
+        let last_evaluation = kept.lines().rev().find_map(|line| serde_json::from_str::<EvalRow>(line).ok());
         staged::write_own(path, kept.as_bytes())?;
         let file = File::options().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
         let events = EventFile::create(&path.with_file_name("tensorboard"), step)?;
-        Ok(Metrics { path: path.to_owned(), file, events })
+        Ok(Metrics { path: path.to_owned(), file, events, last_evaluation })
+    }
+
+    /// The evaluation after `step` updates that the file held when it was opened.
+    pub fn evaluation_at(&self, step: u64) -> Option<EvalRow> {
+        self.last_evaluation.filter(|row| row.step == step)
     }
 
     /// Appends one row.
@@ -145,9 +152,12 @@ mod tests {
         let path = dir.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n{\"ste").unwrap();
         let mut metrics = Metrics::open(&path, 2).unwrap();
+        assert_eq!(metrics.evaluation_at(2), None);
         metrics.write(&EvalRow { step: 3, eval_loss: 0.5, perplexity: 2.0, eval_tokens: 7 }).unwrap();
         let third = "{\"step\":3,\"eval_loss\":0.5,\"perplexity\":2.0,\"eval_tokens\":7}";
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{{\"step\":1}}\n{{\"step\":2}}\n{third}\n"));
+        let evaluation = |step| Metrics::open(&path, 3).unwrap().evaluation_at(step);
+        assert_eq!((evaluation(2), evaluation(3).map(|row| row.eval_tokens)), (None, Some(7)));
         assert_eq!(fs::read_dir(dir.path().join("tensorboard")).unwrap().count(), 1);
     }
 }

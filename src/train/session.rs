@@ -4,7 +4,7 @@ use super::{
     alike, companions,
     config::{Config, MixedPrecision, Mode, WeightRounding},
     evaluate::{Evaluation, evaluate},
-    inputs::{hash_data, initial_model, open_validation, resolve_warm_up},
+    inputs::{check_validation, hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, MergeRow, Metrics, Row, UpdateRow},
     plan::reserve,
     run_lock::RunLock,
@@ -24,7 +24,7 @@ use crate::{
     model::{Model, Store},
     ops::{Device, OperationTime},
     progress::Progress,
-    run::{BaseRecord, CheckpointRecord, CycleRecord, Manifest, RunDir, sha256_folder},
+    run::{BaseRecord, CheckpointRecord, CycleRecord, Hashed, Manifest, RunDir, sha256_folder},
     staged::{self, Holds, StagedDir, Target},
 };
 use serde::Serialize;
@@ -49,14 +49,14 @@ pub struct Summary {
     pub cycles: u64,
     /// Tokens seen.
     pub tokens: u64,
-    /// Mean training loss of the last tenth of the updates of this process.
-    pub loss: f64,
+    /// Mean training loss of the last tenth of the updates of this process; none where it made none.
+    pub loss: Option<f64>,
     /// On the held-out windows, if there are any.
     pub evaluation: Option<Evaluation>,
     /// Seconds of this process.
     pub seconds: f64,
     /// Training tokens per second of all processes together since they began, evaluations and saving left out.
-    pub tokens_per_s: f64,
+    pub tokens_per_s: Option<f64>,
     /// Processes that trained together.
     pub world_size: usize,
     /// Updates skipped because loss or gradient were not finite.
@@ -121,6 +121,7 @@ impl<D: Device> Session<D> {
         let model = initial_model(device, &config)?;
         let trainer = Trainer::spread(config.clone(), model, shard, collective.clone())?;
         let validation = open_validation(&trainer)?;
+        check_validation(&trainer, &validation)?;
         let manifest = Manifest {
             schema: 1,
             tool: format!("relora-kit {}", env!("CARGO_PKG_VERSION")),
@@ -132,6 +133,8 @@ impl<D: Device> Session<D> {
                 Store::Quantised(how) => Some(how.name().into()),
                 _ => None,
             },
+            configuration: config.keys()?,
+            changes: Vec::new(),
             data: hash_data(&config)?,
             base: None,
             cycles: Vec::new(),
@@ -210,16 +213,31 @@ impl<D: Device> Session<D> {
         }
         let config = Config::read(&dir.config_path(), &[])?;
         let data = hash_data(&config)?;
-        if let Some((name, _)) = data.iter().find(|(name, hash)| manifest.data.get(*name) != Some(hash)) {
+        let folder = agreed_checkpoint(&dir, &**collective, progress)?;
+        let step = folder.as_deref().map_or(Ok(0), state::step_of)?;
+        check_seed_and_mode(&config, &manifest)?;
+        if !manifest.configuration.is_empty() {
+            let changes = config.changes_since(&manifest.configuration, step, folder.is_some())?;
+            for c in &changes {
+                progress.info(&format!("{} changes from {} to {} after update {step}", c.key, c.from, c.to));
+            }
+            manifest.changes.extend(changes);
+            manifest.configuration = config.keys()?;
+        }
+        let moved =
+            |(name, hash): &(&String, &Hashed)| manifest.data.get(*name).map(|h| &h.sha256) != Some(&hash.sha256);
+        if let Some((name, found)) = data.iter().find(moved) {
             return Err(Error::request(format!(
-                "the {name} data differ from those that run '{}' began with",
-                dir.0.display()
+                "the {name} data differ from those that run '{}' began with: '{}' has another sha256",
+                dir.0.display(),
+                found.path.display()
             ))
             .help("restore the token shard; a run cannot change its data"));
         }
+        manifest.data = data.clone();
         reserve(&device, &config, collective.world_size())?.iter().for_each(|warning| progress.warn(warning));
         let shard = TokenShard::open(&config.data.train)?;
-        let trainer = match agreed_checkpoint(&dir, &**collective, progress)? {
+        let trainer = match folder {
             None => Trainer::spread(config.clone(), initial_model(device, &config)?, shard, collective.clone())?,
             Some(folder) => {
                 let store = if state::is_low_rank(&folder)? { config.frozen_store() } else { Store::F32 };
@@ -277,11 +295,12 @@ impl<D: Device> Session<D> {
         bar.set_position(self.trainer.step);
         let log_every = (total / 10).max(1);
         let first = self.trainer.step;
+        self.make_up_evaluation()?;
         while !self.trainer.is_finished() {
             if self.trainer.cycles_start_here() {
                 self.start_cycles()?;
             }
-            let (row, update) = self.update()?;
+            let (row, update) = self.update().map_err(|e| self.with_way_on(e))?;
             bar.inc(1);
             bar.set_message(format!(
                 "loss {:.4} lr {:.2e} {:.0} tokens/s cycle {}",
@@ -334,6 +353,49 @@ impl<D: Device> Session<D> {
         Ok((row, update))
     }
 
+    /// The evaluation that was due after the update that the run goes on from, if an interruption came before it.
+    fn make_up_evaluation(&mut self) -> Result<()> {
+        let t = &self.trainer.config().train;
+        let (step, every, eval_tokens) = (self.trainer.step, t.eval_every, t.eval_tokens);
+        let due = every > 0 && step > self.manifest.first_step && step.is_multiple_of(every);
+        if due && !self.trainer.is_finished() && self.recorded_evaluation()?.is_none() {
+            self.evaluate(eval_tokens)?;
+        }
+        if self.interrupted {
+            return Err(self.interruption());
+        }
+        Ok(())
+    }
+
+    /// The evaluation after this update that metrics.jsonl held when the run was resumed. In all processes, as the one that writes
+    /// found it.
+    fn recorded_evaluation(&self) -> Result<Option<Evaluation>> {
+        let own = self.metrics.as_ref().and_then(|metrics| metrics.evaluation_at(self.trainer.step));
+        let json = serde_json::to_vec(&own).map_err(|e| Error::environment(e.to_string()))?;
+        let first = self.trainer.collective().gather(&json)?.swap_remove(0);
+        let row: Option<EvalRow> = serde_json::from_slice(&first).map_err(|e| Error::environment(e.to_string()))?;
+        Ok(row.map(|e| Evaluation { loss: e.eval_loss, perplexity: e.perplexity, predictions: e.eval_tokens }))
+    }
+
+    fn interruption(&self) -> Error {
+        let message = format!("interrupted after update {}; a checkpoint was saved", self.trainer.step);
+        Error { message, ..Error::interrupted() }
+            .help(format!("go on with: relora-kit train --resume {}", self.dir.0.display()))
+    }
+
+    /// Adds to the help of an error how this run can go on.
+    fn with_way_on(&self, e: Error) -> Error {
+        let Some(help) = e.help.clone() else { return e };
+        let run = self.dir.0.display();
+        e.help(match &self.manifest.checkpoint {
+            Some(CheckpointRecord { step, .. }) => format!(
+                "{help} in '{}', then go on from the checkpoint after update {step} with: relora-kit train --resume {run}",
+                self.dir.config_path().display()
+            ),
+            None => format!("{help}, and start a new run: no checkpoint was saved"),
+        })
+    }
+
     /// Evaluation, checkpoint, interruption, as they are due after an update that is not the last.
     fn after_update(&mut self) -> Result<()> {
         let t = &self.trainer.config().train;
@@ -346,14 +408,12 @@ impl<D: Device> Session<D> {
             self.evaluate(eval_tokens)?;
         }
         if save || self.interrupted {
-            self.save_checkpoint()?;
+            self.save_checkpoint(false)?;
         }
         if self.interrupted {
             // The first process is still writing.
             self.trainer.collective().barrier()?;
-            let message = format!("interrupted after update {step}; a checkpoint was saved");
-            return Err(Error { message, ..Error::interrupted() }
-                .help(format!("go on with: relora-kit train --resume {}", self.dir.0.display())));
+            return Err(self.interruption());
         }
         Ok(())
     }
@@ -443,7 +503,8 @@ impl<D: Device> Session<D> {
         Ok(self.manifest.roundings(base, None, self.trainer.step, modules).unwrap_or_default())
     }
 
-    fn save_checkpoint(&mut self) -> Result<()> {
+    /// Saves a checkpoint; `finished`: nothing of the run remains to be done.
+    fn save_checkpoint(&mut self, finished: bool) -> Result<()> {
         if !self.leads() {
             return state::send_moments(&self.trainer);
         }
@@ -456,7 +517,7 @@ impl<D: Device> Session<D> {
         let files = state::seal(staged.path())?;
         staged.commit()?;
         self.manifest.checkpoint = Some(CheckpointRecord { step, folder, files });
-        self.manifest.finished = self.trainer.is_finished();
+        self.manifest.finished = finished;
         self.write_manifest()?;
         self.progress.detail(&format!("saved '{}'", path.display()));
         self.drop_old_checkpoints()
@@ -512,27 +573,37 @@ impl<D: Device> Session<D> {
             let retention = self.trainer.finish_cycles();
             self.note_retention(retention)?;
         }
-        let evaluation = self.evaluate(u64::MAX)?;
-        self.save_checkpoint()?;
+        let evaluation = match self.recorded_evaluation()? {
+            Some(evaluation) => Some(evaluation),
+            None => self.evaluate(u64::MAX)?,
+        };
+        let cut_short = self.validation.is_some() && evaluation.is_none();
+        self.save_checkpoint(!cut_short)?;
+        if cut_short {
+            self.trainer.collective().barrier()?;
+            return Err(self.interruption());
+        }
         let tail = self.losses.len().div_ceil(10);
         let tail = &self.losses[self.losses.len() - tail..];
         let updates = self.losses.len() as u64;
+        let trained = updates > 0;
         Ok(Summary {
             mode: self.trainer.config().train.mode,
             steps: self.trainer.step,
             cycles,
             tokens: self.trainer.tokens_after(self.trainer.step),
-            loss: tail.iter().sum::<f64>() / tail.len().max(1) as f64,
+            loss: trained.then(|| tail.iter().sum::<f64>() / tail.len() as f64),
             evaluation,
             seconds: self.started.elapsed().as_secs_f64(),
-            tokens_per_s: (updates * self.trainer.config().tokens_per_update()) as f64 / self.train_seconds,
+            tokens_per_s: trained
+                .then(|| (updates * self.trainer.config().tokens_per_update()) as f64 / self.train_seconds),
             world_size: self.trainer.collective().world_size(),
             skipped: self.trainer.skipped,
             checkpoint: self.dir.0.join(RunDir::checkpoint_folder(self.trainer.step)),
             run: self.dir.0,
             peak_memory: peak_memory(),
             device_peak_memory: self.trainer.model.device().peak_memory(),
-            host_wait: self.on_gpu.then(|| self.host_wait.as_secs_f64() / self.train_seconds),
+            host_wait: (self.on_gpu && trained).then(|| self.host_wait.as_secs_f64() / self.train_seconds),
             cuda_graphs: self.on_gpu && self.trainer.uses_graphs(),
             operations: Vec::new(),
         })
@@ -561,6 +632,21 @@ fn checkpoint_steps(dir: &RunDir) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = entries.filter_map(|entry| step(entry.ok()?.file_name().to_str()?)).collect();
     steps.sort_unstable_by(|a, b| b.cmp(a));
     Ok(steps)
+}
+
+/// Seed and mode are in the manifest of every run, of old ones too.
+fn check_seed_and_mode(config: &Config, manifest: &Manifest) -> Result<()> {
+    let pairs = [
+        ("train.seed", manifest.seed.to_string(), config.train.seed.to_string()),
+        ("train.mode", manifest.mode.clone(), serde_name(&config.train.mode)),
+    ];
+    match pairs.into_iter().find(|(_, began, now)| began != now) {
+        None => Ok(()),
+        Some((key, began, now)) => Err(Error::request(format!(
+            "{key} was {began} when the run began and is {now} in its config.toml: that would be another run"
+        ))
+        .help(format!("write {began} again, or start a new run"))),
+    }
 }
 
 /// The checkpoint that all processes go on from: the first one's choice.

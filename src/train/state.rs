@@ -47,6 +47,11 @@ struct Counters {
     adam_steps: BTreeMap<String, u64>,
 }
 
+/// Updates made before the checkpoint in `folder` was saved.
+pub fn step_of(folder: &Path) -> Result<u64> {
+    counters(folder).map(|counters| counters.step)
+}
+
 /// Writes the model as a Hugging Face folder, the current delta merged.
 /// `roundings`: how its weights were rounded since which checkpoint, which goes into the metadata.
 pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, roundings: &[Step], folder: &Path) -> Result<()> {
@@ -261,6 +266,18 @@ pub fn is_low_rank(folder: &Path) -> Result<bool> {
 /// Restores a fresh trainer, whose model was loaded from the checkpoint in `folder`, to the moment of saving.
 pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()> {
     let counters = counters(folder)?;
+    let tokens = trainer.tokens_after(counters.step);
+    // Runs of 0.1.0 wrote no configuration into their manifest, but the tokens into every checkpoint.
+    if counters.tokens > 0 && counters.tokens != tokens {
+        return Err(Error::request(format!(
+            "'{}' had seen {} tokens after update {}, but config.toml makes that {tokens}: batch size, gradient accumulation or \
+             max_length were changed",
+            folder.display(),
+            counters.tokens,
+            counters.step
+        ))
+        .help("write their old values again, or start a new run"));
+    }
     let folder = folder.join(STATE_FOLDER);
     if counters.low_rank {
         trainer.freeze_projections();

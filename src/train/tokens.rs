@@ -258,6 +258,20 @@ impl Windows {
         Ok((train, validation))
     }
 
+    /// All windows of `shard`, in the order of the file, to evaluate on; `setting` is what `max_length` comes from, for messages.
+    pub fn all(shard: &TokenShard, max_length: usize, setting: &str) -> Result<Windows> {
+        let count = (shard.len() / max_length) as u64;
+        if count == 0 {
+            return Err(Error::request(format!(
+                "'{}' holds {} tokens, fewer than one sequence of {setting} {max_length}",
+                shard.path().display(),
+                shard.len()
+            ))
+            .help(format!("add text, or lower {setting}")));
+        }
+        Ok(Windows { first: 0, count, max_length, seed: None })
+    }
+
     /// Windows per epoch.
     pub fn count(&self) -> u64 {
         self.count

@@ -182,6 +182,19 @@ impl<D: Device> Trainer<D> {
         before.warmed_up_tokens.unwrap_or(0) + own
     }
 
+    /// The first sequence of the update that follows `step` updates, counted over all epochs. Where the model was warmed up
+    /// before, the data go on after the tokens that it has seen, whatever its batch size was.
+    fn first_sample(&self) -> u64 {
+        let before = &self.config.model;
+        let total = self.share.total as u64;
+        let steps = before.warmed_up_steps.unwrap_or(0);
+        let seen = match before.warmed_up_tokens {
+            Some(tokens) => tokens.div_ceil(self.config.data.max_length as u64),
+            None => steps * total,
+        };
+        seen + (self.step - steps) * total
+    }
+
     /// Whether all updates are made.
     pub fn is_finished(&self) -> bool {
         self.step >= self.config.train.num_training_steps
@@ -341,14 +354,18 @@ impl<D: Device> Trainer<D> {
         self.model.zero_grad();
         self.step += 1;
         if self.skipped as f64 > (MAX_SKIPPED * t.num_training_steps as f64).max(1.0) {
+            let after_restart = match self.cycle {
+                0 | 1 => String::new(),
+                _ => format!(", {} updates after the last restart", self.step - self.cycle_start),
+            };
+            let warmup = if self.cycle > 1 { "restart_warmup_steps" } else { "warmup_steps" };
             return Err(Error::environment(format!(
-                "step {}: loss is {loss} (grad_norm {grad_norm:.1e}, lr {lr:.1e}, {} updates after the last restart); {} updates were skipped for such values, more than 5% of {}",
+                "step {}: loss is {loss} (grad_norm {grad_norm:.1e}, lr {lr:.1e}{after_restart}); {} updates were skipped for such values, more than 5% of {}",
                 self.step,
-                self.step - self.cycle_start,
                 self.skipped,
                 t.num_training_steps
             ))
-            .help("lower train.lr or lengthen train.restart_warmup_steps, and resume from the last checkpoint"));
+            .help(format!("lower train.lr or lengthen train.{warmup}")));
         }
         let outcome = if applied { UpdateOutcome::Applied } else { UpdateOutcome::NotFinite };
         Ok(Update { loss, lr, grad_norm, host_wait, outcome, interrupted })
@@ -367,7 +384,7 @@ impl<D: Device> Trainer<D> {
             let window = share.first + pass * share.batch;
             self.model.set_dropout_key(seed, window);
             self.tokens.clear();
-            let sample = self.step * share.total as u64 + window as u64;
+            let sample = self.first_sample() + window as u64;
             self.windows.read(&self.shard, sample, share.batch, &mut self.tokens)?;
             let scale = share.batch as f32 / share.total as f32;
             let last = pass + 1 == share.passes && !alone;

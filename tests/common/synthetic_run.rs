@@ -120,6 +120,8 @@ pub fn write_run(root: &Path, spec: Spec) -> PathBuf {
         tool: "relora-kit test".into(),
         mode: "relora".into(),
         seed: 0,
+        configuration: Default::default(),
+        changes: Vec::new(),
         data: BTreeMap::from([("train".into(), hashed)]),
         base: Some(BaseRecord { step: 5, files: sha256_folder(&run.join("base")).unwrap() }),
         cycles,

@@ -17,5 +17,6 @@ mod options;
 mod oracle;
 mod quickstart_gate;
 mod ranks;
+mod resume;
 mod tokenize;
 mod verify;

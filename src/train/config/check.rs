@@ -9,7 +9,9 @@ impl Config {
     pub fn check(&self) -> Result<()> {
         self.check_ranges()?;
         self.check_relora()?;
-        if self.model.warmed_up_model.is_some() && self.model.warmed_up_steps.is_none() {
+        if self.model.warmed_up_model.is_some()
+            && (self.model.warmed_up_steps.is_none() || self.train.max_train_tokens.is_some())
+        {
             return Ok(());
         }
         for phase in self.phases() {
@@ -41,7 +43,8 @@ impl Config {
             ("data.max_length", self.data.max_length as f64 - 1.0),
             ("train.batch_size", t.batch_size as f64),
             ("train.gradient_accumulation", t.gradient_accumulation as f64),
-            ("train.num_training_steps", t.num_training_steps as f64),
+            // A budget of tokens waits for what a warmed-up model has seen.
+            ("train.num_training_steps", if t.max_train_tokens.is_some() { 1.0 } else { t.num_training_steps as f64 }),
             ("train.lr", t.lr),
             ("train.adam_eps", t.adam_eps),
             ("train.save_every", t.save_every as f64),
@@ -66,7 +69,7 @@ impl Config {
 
     fn check_relora(&self) -> Result<()> {
         let warm = self.first_step();
-        if warm >= self.train.num_training_steps {
+        if warm >= self.train.num_training_steps && self.train.max_train_tokens.is_none() {
             let key = if self.warm_start.is_some() { "warm_start.num_training_steps" } else { "model.warmed_up_steps" };
             return Err(Error::request(format!(
                 "{key} {warm} leaves nothing of train.num_training_steps {}",

@@ -2,6 +2,7 @@
 //!
 //! Key names are the official ReLoRA code's where it has them. Steps are updates of the weights.
 
+mod changes;
 mod check;
 mod read;
 

@@ -65,16 +65,26 @@ impl Config {
             }
             t.gradient_accumulation = total / t.batch_size;
         }
-        if let Some(tokens) = t.max_train_tokens.take() {
-            let per_update = self.tokens_per_update();
-            self.train.num_training_steps = tokens.0.checked_div(per_update).unwrap_or(0);
-            if self.train.num_training_steps == 0 {
-                return Err(Error::request(format!(
-                    "train.max_train_tokens is {}, less than the {per_update} tokens of one update",
-                    tokens.0
-                )));
-            }
+        let m = &self.model;
+        let counted = m.warmed_up_model.is_none() || (m.warmed_up_steps.is_some() && m.warmed_up_tokens.is_some());
+        if counted { self.resolve_token_budget() } else { Ok(()) }
+    }
+
+    /// Turns `max_train_tokens` into `num_training_steps`: as many whole updates as the tokens allow that no warmed-up model
+    /// has seen. What such a model has seen must be known.
+    pub(in crate::train) fn resolve_token_budget(&mut self) -> Result<()> {
+        let Some(tokens) = self.train.max_train_tokens.take() else { return Ok(()) };
+        let per_update = self.tokens_per_update();
+        let before = self.model.warmed_up_tokens.unwrap_or(0);
+        let updates = tokens.0.saturating_sub(before).checked_div(per_update).unwrap_or(0);
+        if updates == 0 {
+            let seen = if before > 0 { format!(", of which the model has seen {before}") } else { String::new() };
+            return Err(Error::request(format!(
+                "train.max_train_tokens is {}{seen}: less than the {per_update} tokens of one update remain",
+                tokens.0
+            )));
         }
+        self.train.num_training_steps = self.model.warmed_up_steps.unwrap_or(0) + updates;
         Ok(())
     }
 }
@@ -214,7 +224,7 @@ mod tests {
             ("model.config=x.json", "exactly one of preset, config, checkpoint and warmed_up_model"),
             ("model.warmed_up_steps=3", "belong to warmed_up_model"),
             ("train.total_batch_size=10", "not a multiple of train.batch_size 4"),
-            ("train.max_train_tokens=100", "less than the 256 tokens of one update"),
+            ("train.max_train_tokens=100", "less than the 256 tokens of one update remain"),
             ("train.max_train_tokens=many", "a number of tokens"),
             ("relora.lora_dropout=1", "relora.lora_dropout is 1"),
             ("relora.lora_only=true", "relora.lora_only is for mode lora"),
