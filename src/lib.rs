@@ -105,6 +105,8 @@ pub mod work_queue;
 #[doc(hidden)]
 pub mod adapter;
 #[doc(hidden)]
+pub mod architecture;
+#[doc(hidden)]
 pub mod checkpoint;
 #[cfg(feature = "convert")]
 #[doc(hidden)]

@@ -26,7 +26,7 @@ pub struct AdapterConfig {
     #[serde(deserialize_with = "null_is_default")]
     pub r: usize,
     /// Numerator of the scaling of modules that no key of `alpha_pattern` matches.
-    #[serde(deserialize_with = "null_is_default")]
+    #[serde(deserialize_with = "alpha")]
     pub lora_alpha: f64,
     /// Rank by module-name pattern.
     #[serde(deserialize_with = "null_is_default")]
@@ -96,6 +96,12 @@ impl Default for AdapterConfig {
 
 fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> std::result::Result<T, D::Error> {
     Ok(Option::deserialize(d)?.unwrap_or_default())
+}
+
+/// Without a value there is no scaling; PEFT raises an error, too.
+fn alpha<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<f64, D::Error> {
+    let found: Option<f64> = Option::deserialize(d)?;
+    found.ok_or_else(|| serde::de::Error::custom("lora_alpha is null: the scaling of the update has no value"))
 }
 
 fn null_is_none<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<String, D::Error> {
@@ -225,6 +231,12 @@ mod tests {
         assert_eq!(config.scaling_of("model.layers.0.self_attn.q_proj"), 4.0);
         assert_eq!(config.scaling_of("model.layers.1.self_attn.o_proj"), 3.0 / 8.0);
         assert_eq!(AdapterConfig { use_rslora: true, ..config }.scaling_of("x.q_proj"), 8.0);
+    }
+
+    #[test]
+    fn a_null_alpha_is_no_zero() {
+        let error = serde_json::from_str::<AdapterConfig>(r#"{"r": 8, "lora_alpha": null}"#).unwrap_err();
+        assert!(error.to_string().contains("lora_alpha is null"), "{error}");
     }
 
     #[test]

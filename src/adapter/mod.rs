@@ -81,8 +81,18 @@ impl Adapter {
         let kind = types::find(&config.peft_type, path)?;
         let file = open_tensors(path)?;
         let (mut modules, mut others) = (BTreeMap::<String, BTreeMap<String, usize>>::new(), BTreeMap::new());
+        let name = names::adapter_name(file.tensors().map(|t| t.name())).map(str::to_owned);
+        let keys: Vec<String> = file.tensors().map(|t| names::plain_key(t.name(), name.as_deref())).collect();
         for (i, tensor) in file.tensors().enumerate() {
-            let (owner, before) = match names::parse_key(tensor.name(), kind) {
+            // Beside the trained copy the untrained one says nothing: PEFT reads past it.
+            let trained = |key: &str| {
+                let saved = [key.replace(names::ORIGINAL, "."), key.replace(names::ORIGINAL, ".modules_to_save.")];
+                keys.iter().any(|other| saved.contains(other))
+            };
+            if keys[i].contains(names::ORIGINAL) && trained(&keys[i]) {
+                continue;
+            }
+            let (owner, before) = match names::parse_key(&keys[i], kind) {
                 Some(Key::Slot { module, slot }) => {
                     let before = modules.entry(module.clone()).or_default().insert(slot, i);
                     (module, before)
@@ -97,7 +107,12 @@ impl Adapter {
                     )));
                 }
             };
-            if let Some(other) = before {
+            // PEFT writes the trained embedding of a resized model under two names.
+            let alike = |other: usize| {
+                let other = file.tensor(other);
+                other.dtype() == tensor.dtype() && other.shape() == tensor.shape() && other.bytes() == tensor.bytes()
+            };
+            if let Some(other) = before.filter(|other| !alike(*other)) {
                 return Err(Error::request(format!(
                     "'{}' holds two tensors for '{owner}': '{}' and '{}'",
                     file.path().display(),

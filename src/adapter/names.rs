@@ -27,6 +27,31 @@ pub enum Key {
     },
 }
 
+/// Where PEFT keeps the untrained copy of a module that it trains in full.
+pub const ORIGINAL: &str = ".original_module.";
+
+/// Segments that torch.compile, FSDP and activation checkpointing put into names; no model has them.
+const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// The name that training gave the adapter, where keys carry one as in raw state dicts: `lora_A.NAME.weight`.
+pub fn adapter_name<'k>(keys: impl Iterator<Item = &'k str>) -> Option<&'k str> {
+    keys.filter_map(|key| key.rsplit_once(".lora_A.")?.1.strip_suffix(".weight")).find(|name| !name.contains('.'))
+}
+
+/// A key as `save_pretrained` writes it: without the segments of wrappers, DDP's `module.` and the adapter's name in
+/// `modules_to_save.NAME.`.
+pub fn plain_key(key: &str, adapter: Option<&str>) -> String {
+    let unwrapped: Vec<&str> = key.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+    let mut key = unwrapped.join(".");
+    while let Some(rest) = key.strip_prefix("module.").filter(|rest| rest.contains("base_model.model.")) {
+        key = rest.to_owned();
+    }
+    match adapter {
+        Some(name) => key.replace(&format!(".modules_to_save.{name}."), ".modules_to_save."),
+        None => key,
+    }
+}
+
 /// Takes a key of an adapter of type `kind` apart. `None` for a key that looks like one of the type's tensors but is none.
 pub fn parse_key(key: &str, kind: &dyn AdapterType) -> Option<Key> {
     let name = match (key.strip_prefix(PREFIX), key.strip_prefix(SHARED_PREFIX)) {
@@ -45,6 +70,10 @@ pub fn parse_key(key: &str, kind: &dyn AdapterType) -> Option<Key> {
             return Some(Key::Stored { name: module.to_owned(), stored: Stored::TokenRows });
         }
     }
+    // What `save_embedding_layers` writes along with rows.
+    if let Some((module, rest)) = name.split_once(".token_adapter.base_layer.") {
+        return Some(Key::Stored { name: format!("{module}.{rest}"), stored: Stored::Base });
+    }
     if let Some(marker) = kind.replaces()
         && name.contains(marker)
     {
@@ -56,8 +85,10 @@ pub fn parse_key(key: &str, kind: &dyn AdapterType) -> Option<Key> {
     if name.contains(".base_layer.") {
         return Some(Key::Stored { name: name.replace(".base_layer.", "."), stored: Stored::Base });
     }
-    let name = strip_saved(&name.replace(".original_module.", "."));
-    Some(Key::Stored { name, stored: Stored::Full })
+    if name.contains(ORIGINAL) {
+        return Some(Key::Stored { name: name.replace(ORIGINAL, "."), stored: Stored::Base });
+    }
+    Some(Key::Stored { name: strip_saved(&name), stored: Stored::Full })
 }
 
 /// The module and the slot of a name that ends in one of the type's slots: `q_proj.hada_w1_a`, also with `.weight`, and in
@@ -138,11 +169,35 @@ mod tests {
             ("base_model.model.score.modules_to_save.default.weight", "score.weight", Stored::Full),
             ("base_model.model.score.modules_to_save.dense.weight", "score.dense.weight", Stored::Full),
             ("base_model.model.lm_head.weight", "lm_head.weight", Stored::Full),
+            ("base_model.model.embed.token_adapter.base_layer.weight", "embed.weight", Stored::Base),
+            ("base_model.model.lm_head.original_module.weight", "lm_head.weight", Stored::Base),
         ] {
             let expected = Key::Stored { name: owner.to_owned(), stored };
             assert_eq!(parse_key(key, &Lora), Some(expected), "{key}");
         }
         assert_eq!(parse_key("base_model.model.q.lora_E.weight", &Lora), None);
         assert_eq!(parse_key("base_model.model.q.lora_A.bias.weight.x", &Lora), None);
+    }
+
+    #[test]
+    fn wrappers_and_the_name_of_the_adapter_are_taken_off() {
+        let keys = ["base_model.model.q.lora_B.stage.weight", "base_model.model.q.lora_A.stage.weight"];
+        assert_eq!(adapter_name(keys.into_iter()), Some("stage"));
+        assert_eq!(adapter_name(["base_model.model.q.lora_A.weight"].into_iter()), None);
+        for (key, plain) in [
+            ("_orig_mod.base_model.model.lm_head.weight", "base_model.model.lm_head.weight"),
+            ("module.base_model.model.q.lora_A.weight", "base_model.model.q.lora_A.weight"),
+            ("module._orig_mod.base_model.model.q.lora_A.weight", "base_model.model.q.lora_A.weight"),
+            ("base_model.model.l.0._fsdp_wrapped_module.q.lora_A.weight", "base_model.model.l.0.q.lora_A.weight"),
+            ("base_model.model.l.0._checkpoint_wrapped_module.q.lora_A.weight", "base_model.model.l.0.q.lora_A.weight"),
+            ("base_model.model.head.modules_to_save.stage.weight", "base_model.model.head.modules_to_save.weight"),
+            (
+                "base_model.model.head.modules_to_save.dense.weight",
+                "base_model.model.head.modules_to_save.dense.weight",
+            ),
+            ("base_model.model.a.module.q.lora_A.weight", "base_model.model.a.module.q.lora_A.weight"),
+        ] {
+            assert_eq!(plain_key(key, Some("stage")), plain, "{key}");
+        }
     }
 }

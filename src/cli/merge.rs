@@ -43,6 +43,9 @@ pub struct Args {
     /// PEFT adapters, added in this order; a glob takes all matches in sorted order, a negative weight un-merges
     #[arg(long, value_name = "ADAPTER[=WEIGHT]", num_args = 1.., allow_negative_numbers = true)]
     adapter: Vec<OsString>,
+    /// Adapter names that begin with FROM begin with TO in the base; repeat for more, the first that fits decides
+    #[arg(long, value_name = "FROM=TO", value_parser = parse_rule)]
+    map: Vec<(String, String)>,
     /// The folder to create
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
@@ -137,6 +140,7 @@ impl Args {
             base: self.base.clone(),
             adapters: adapters.concat(),
             output: self.output.clone(),
+            map: self.map.clone(),
             dtype: self.dtype.dtype(),
             rounding: match self.rounding {
                 RoundingMode::Nearest => Rounding::Nearest,
@@ -147,6 +151,14 @@ impl Args {
             dry_run: self.dry_run,
             gpu: ranks::own_gpu(self.device, job).map(CudaOptions::from_env),
         })
+    }
+}
+
+/// Reads `FROM=TO`; both may be empty.
+fn parse_rule(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((from, to)) => Ok((from.to_owned(), to.to_owned())),
+        None => Err("expected FROM=TO, for example =vision_model.".to_owned()),
     }
 }
 

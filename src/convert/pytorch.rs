@@ -4,7 +4,7 @@ use super::{Planned, Source};
 use crate::{
     checkpoint::{Dtype, INDEX_NAME, Index, MODEL_NAME, TensorSpec, dtype},
     error::{Error, Result},
-    merge::companions::{self, ConfigChanges},
+    merge::sidecar_files::{self, ConfigChanges},
     pickle::{PickledFile, PickledTensor},
     progress::Progress,
 };
@@ -123,7 +123,7 @@ impl Source for PytorchSource {
 
     fn sidecar_files(&self, folder: &Path, _: &Progress) -> Result<Vec<String>> {
         if let Some(from) = &self.folder {
-            companions::copy(from, folder, &ConfigChanges { dtype: self.dtype, untie: false })?;
+            sidecar_files::copy(from, folder, &ConfigChanges { dtype: self.dtype, ..ConfigChanges::default() })?;
         }
         Ok(self.left_out.clone())
     }

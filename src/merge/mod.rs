@@ -4,22 +4,22 @@
 //! as F64) and rounded once to the output's type. Tensors that nothing changes are copied byte for byte.
 
 mod apply;
-pub(crate) mod companions;
+mod checks;
 mod device;
 mod dtype_advice;
 mod estimate;
+mod expert_parameters;
 mod matcher;
 mod names;
-mod own_factors;
-mod parameters;
 mod part;
 mod plan;
 mod prepared;
-mod refuse;
+mod relora_checkpoint;
 mod replace;
 mod result;
 mod rounding;
 mod row_arithmetic;
+pub(crate) mod sidecar_files;
 mod stream;
 
 pub use dtype_advice::DtypeAdvice;
@@ -59,6 +59,8 @@ pub struct Options {
     pub adapters: Vec<(PathBuf, f64)>,
     /// The folder to create.
     pub output: PathBuf,
+    /// What the beginnings of the adapters' names become, FROM -> TO; the first that fits decides.
+    pub map: Vec<(String, String)>,
     /// Element type of every floating point tensor of the output; `None` keeps the base's.
     pub dtype: Option<Dtype>,
     /// How values are rounded to the output's type.
@@ -89,7 +91,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     let target = if options.dry_run { None } else { Some(options.target()?) };
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = matcher::plan(&base, &adapters, options.dtype)?;
+    let plan = matcher::plan(&base, &adapters, options.dtype, &options.map)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     let gpu = open_gpu(options, progress)?;
     let Some(target) = target else {
@@ -101,7 +103,7 @@ pub fn run(options: &Options, progress: &Progress) -> Result<MergeReport> {
     };
     let staged = StagedDir::create(target)?;
     if let Some(folder) = base.folder() {
-        companions::copy(folder, staged.path(), &plan.config)?;
+        sidecar_files::copy(folder, staged.path(), &plan.config)?;
     }
     let specs = plan.specs();
     let writer = Writer::create(staged.path(), &specs, options.max_shard_size, &metadata(options, &base, &plan)?)?;
@@ -120,7 +122,7 @@ pub fn run_shard(options: &Options, shard: ArrayTask, progress: &Progress) -> Re
     options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = matcher::plan(&base, &adapters, options.dtype)?;
+    let plan = matcher::plan(&base, &adapters, options.dtype, &options.map)?;
     plan.warnings.iter().for_each(|w| progress.warn(w));
     part::warn_of_few_files(&plan, options, shard.count, progress);
     let gpu = open_gpu(options, progress)?;
@@ -132,7 +134,7 @@ pub fn combine(options: &Options, progress: &Progress) -> Result<MergeReport> {
     options.target()?;
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = matcher::plan(&base, &adapters, options.dtype)?;
+    let plan = matcher::plan(&base, &adapters, options.dtype, &options.map)?;
     part::combine(&part::folder(options, part::ARRAY), options, (&base, &adapters), &plan, progress)
 }
 
@@ -162,7 +164,7 @@ pub fn run_together(options: &Options, job: &Job, progress: &Progress) -> Result
 fn write_together(parts: &Path, options: &Options, job: &Job, progress: &Progress) -> Result<Option<MergeReport>> {
     let base = Checkpoint::open(&options.base)?;
     let adapters = open_adapters(&options.adapters)?;
-    let plan = || matcher::plan(&base, &adapters, options.dtype);
+    let plan = || matcher::plan(&base, &adapters, options.dtype, &options.map);
     let own = plan()?;
     own.warnings.iter().for_each(|w| progress.warn(w));
     let gpu = open_gpu(options, progress)?;

@@ -4,13 +4,12 @@
 use super::{
     MergeReport, Options,
     apply::Sums,
-    companions,
     device::{self, Gpu},
     explain_losses, metadata, origin,
     plan::Plan,
     result,
     rounding::Rounding,
-    stream,
+    sidecar_files, stream,
 };
 use crate::{
     adapter::{Adapter, config::CONFIG_NAME},
@@ -128,7 +127,7 @@ pub(super) fn combine(
     let measured = specs.iter().map(|s| sums(&parts, &s.name)).collect::<Result<Vec<_>>>()?;
     let staged = StagedDir::create(options.target()?)?;
     if let Some(folder) = base.folder() {
-        companions::copy(folder, staged.path(), &plan.config)?;
+        sidecar_files::copy(folder, staged.path(), &plan.config)?;
     }
     Writer::write_index(staged.path(), &files)?;
     for ((name, _), source) in files.iter().zip(sources) {
@@ -259,6 +258,8 @@ fn identity(options: &Options) -> BTreeMap<String, String> {
     // Devices differ in the last digits, and which takes what depends on the threads.
     let device = options.gpu.as_ref().map_or("cpu".into(), |_| format!("cuda from rank {}", device::smallest_rank()));
     identity.insert("--device".into(), device);
+    let rules: Vec<String> = options.map.iter().map(|(from, to)| format!("{from}={to}")).collect();
+    identity.insert("--map".into(), rules.join(" "));
     identity.insert("--max-shard-size".into(), options.max_shard_size.to_string());
     if let Rounding::Stochastic { seed } = options.rounding {
         identity.insert("--seed".into(), seed.to_string());

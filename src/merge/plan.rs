@@ -1,6 +1,6 @@
 //! What each tensor of the output is made of.
 
-use super::companions::ConfigChanges;
+use super::sidecar_files::ConfigChanges;
 use crate::{
     checkpoint::{Dtype, Tensor, TensorSpec, dtype},
     delta::Planned,

@@ -16,7 +16,6 @@ const ALLOWED: &[&[&str]] = &[
     &["convert/gguf/sentencepiece", "convert/gguf/tokenizer"],
     &["merge/apply", "merge/row_arithmetic"],
     &["merge/dtype_advice", "merge/result"],
-    &["merge/matcher", "merge/parameters"],
     &["model/linear", "model/lora", "model/params", "model/product"],
     &["ops/cuda/driver", "ops/cuda/memory", "ops/cuda/shelf"],
     &["tokenize/arrow", "tokenize/documents", "tokenize/json", "tokenize/parquet"],

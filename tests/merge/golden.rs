@@ -16,6 +16,7 @@ fn merge_is_pefts(adapter: &str, base: &str, dtype: Dtype, merged: &str) {
         adapters: vec![(fixture(adapter), 1.0)],
         output: dir.path().join("merged"),
         dtype: None,
+        map: Vec::new(),
         rounding: Rounding::Nearest,
         max_shard_size: MAX_SHARD_SIZE,
         force: false,

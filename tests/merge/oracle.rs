@@ -28,6 +28,7 @@ fn merged_as(base: &Path, adapters: &[(PathBuf, f64)], dtype: Option<Dtype>) -> 
         adapters: adapters.to_vec(),
         output: dir.path().join("out"),
         dtype,
+        map: Vec::new(),
         rounding: Rounding::Nearest,
         max_shard_size: MAX_SHARD_SIZE,
         force: false,

@@ -184,6 +184,7 @@ fn options(base: &Path, adapters: Vec<(PathBuf, f64)>, output: PathBuf) -> Optio
         adapters,
         output,
         dtype: None,
+        map: Vec::new(),
         rounding: Rounding::Nearest,
         max_shard_size: MAX_SHARD_SIZE,
         force: false,

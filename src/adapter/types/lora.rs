@@ -87,6 +87,25 @@ impl Blocks {
 impl<'a> LoraModule<'a> {
     /// The tensors of `module`, checked against each other and the configuration.
     pub fn of(module: &Module<'a>) -> Result<LoraModule<'a>> {
+        // A module of expert parameters gets its rank from the name of one of them.
+        let targets = module.config().target_parameters.iter().flatten().filter_map(|target| target.rsplit('.').next());
+        let owner = module.name().trim_end_matches(".base_layer");
+        let own = Self::named(module, module.name());
+        if own.is_ok() {
+            return own;
+        }
+        let mut parameters = targets.map(|parameter| format!("{owner}.{parameter}"));
+        parameters.find_map(|name| Self::named(module, &name).ok()).map_or(own, Ok)
+    }
+
+    /// [`LoraModule::of`] for the factors of the parameter `name`, whose own name decides rank and scaling; `None` if its rank
+    /// is another.
+    pub fn of_parameter(module: &Module<'a>, name: &str) -> Result<Option<LoraModule<'a>>> {
+        Self::of(module)?;
+        Ok(Self::named(module, name).ok())
+    }
+
+    fn named(module: &Module<'a>, name: &str) -> Result<LoraModule<'a>> {
         let bad = |what: String| module.damaged(&what);
         if module.adapter().kind().id() != Lora.id() {
             return Err(bad(format!("it is trained with {}, expected LoRA", module.adapter().kind().name())));
@@ -133,7 +152,7 @@ impl<'a> LoraModule<'a> {
         if diag.is_some_and(|diag| diag.elements() != r) {
             return Err(bad(format!("its lora_diag does not have the {r} elements of its rank")));
         }
-        let configured = config.rank_of(module.name());
+        let configured = config.rank_of(name);
         if configured == 0 {
             return Err(bad("adapter_config.json gives it rank 0, expected at least 1".into()));
         }
@@ -158,7 +177,7 @@ impl<'a> LoraModule<'a> {
             experts,
             out_features: m,
             in_features: n,
-            scaling: config.scaling_of(module.name()),
+            scaling: config.scaling_of(name),
         })
     }
 
@@ -506,7 +525,10 @@ impl AdapterType for Lora {
     }
 
     fn plan<'a>(&'static self, module: &Module<'a>, site: &Site) -> Result<Option<Planned<'a>>> {
-        let (lora, file) = (LoraModule::of(module)?, module.adapter().file().path());
+        let (mut lora, file) = (LoraModule::of(module)?, module.adapter().file().path());
+        if let Some((r, scaling)) = site.of_parameter {
+            lora = LoraModule { r, scaling, experts: lora.r * lora.experts / r.max(1), ..lora };
+        }
         if site.parameter == Parameter::Bias {
             let Some(vector) = lora.bias else { return Ok(None) };
             if *site.shape != [lora.out_features] {
@@ -534,7 +556,7 @@ impl AdapterType for Lora {
         if lora.magnitude.is_some() {
             site.refuse_weight(module, "rescales it (DoRA)")?;
         }
-        let fan_in_fan_out = module.config().fan_in_fan_out;
+        let fan_in_fan_out = site.stored_in_out.unwrap_or(module.config().fan_in_fan_out);
         lora.plan(file, site.shape, fan_in_fan_out, site.experts_in_out, site.weight)
             .map(Some)
             .map_err(|found| site.refuse(module, &found))

@@ -300,6 +300,11 @@ pub struct Site<'a> {
     pub experts_in_out: bool,
     /// The extents of all weights that the adapter updates.
     pub all: &'a [&'a [usize]],
+    /// Whether the layer's weight is stored `[in, out]`, where the base's architecture says so: PEFT's one flag per adapter
+    /// cannot tell Conv1D from Linear.
+    pub stored_in_out: Option<bool>,
+    /// Rank and scaling of expert parameters, which their own names decide.
+    pub of_parameter: Option<(usize, f64)>,
 }
 
 impl Site<'_> {

@@ -12,7 +12,7 @@ const CONFIG_NAME: &str = "relora_config.json";
 
 /// The factors that a model file holds for its own weights.
 #[derive(Default)]
-pub(super) struct OwnFactors<'a> {
+pub(super) struct ReloraFactors<'a> {
     pub modules: Vec<LoraModule<'a>>,
     scalings: Vec<String>,
 }
@@ -26,7 +26,7 @@ struct ReloraConfig {
     trainable_scaling: bool,
 }
 
-impl OwnFactors<'_> {
+impl ReloraFactors<'_> {
     /// Whether the tensor is part of a factorisation, and therefore no tensor of the merged model.
     pub(super) fn belongs(&self, name: &str) -> bool {
         !self.modules.is_empty()
@@ -37,8 +37,8 @@ impl OwnFactors<'_> {
 }
 
 /// Finds them. The delta is `s * B @ A` with `s = lora_alpha / r`, or `tanh(scaling)` where the scaling was trained.
-pub(super) fn find(base: &Checkpoint) -> Result<OwnFactors<'_>> {
-    let mut found = OwnFactors::default();
+pub(super) fn find(base: &Checkpoint) -> Result<ReloraFactors<'_>> {
+    let mut found = ReloraFactors::default();
     let factors: Vec<(&str, Tensor)> =
         base.tensors().filter_map(|a| Some((a.name().strip_suffix(".lora_A.weight")?, a))).collect();
     if factors.is_empty() {
