@@ -4,7 +4,6 @@
 //! (`{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {..}}`), then the data without holes.
 //! Source: the format section of the safetensors README.
 
-use super::dtype;
 use crate::error::{Error, Result};
 use safetensors::Dtype;
 use serde::{
@@ -126,13 +125,18 @@ impl RawTensor {
         let [begin, end] = self.data_offsets;
         let dtype: Dtype = serde_json::from_value(self.dtype.as_str().into())
             .map_err(|_| format!("tensor '{name}' at byte {begin} has the unknown dtype '{}'", self.dtype))?;
-        let size = dtype::size_of(dtype).ok_or_else(|| {
-            format!("tensor '{name}' at byte {begin} has the packed dtype {dtype:?}, which is not supported")
-        })?;
         let stored = end
             .checked_sub(begin)
             .ok_or_else(|| format!("tensor '{name}' ends at byte {end} before it begins at {begin}"))?;
-        let needed = self.shape.iter().try_fold(size as u64, |n, &extent| n.checked_mul(extent));
+        // Packed types (F4) share bytes: a whole number of them in all.
+        let bits = self.shape.iter().try_fold(dtype.bitsize() as u64, |n, &extent| n.checked_mul(extent));
+        if let Some(bits) = bits.filter(|bits| !bits.is_multiple_of(8)) {
+            return Err(format!(
+                "tensor '{name}' at byte {begin}: {dtype:?} {:?} is {bits} bits, no whole bytes",
+                self.shape
+            ));
+        }
+        let needed = bits.map(|bits| bits / 8);
         if needed != Some(stored) {
             let needed = needed.map_or("more bytes than a file can hold".to_owned(), |n| format!("{n} bytes"));
             return Err(format!(
@@ -219,7 +223,8 @@ mod tests {
             (50u64.to_le_bytes().to_vec(), "its header claims 50 bytes, the file holds 0 after it"),
             (file("[]", 0), "not the expected JSON"),
             (file(&one(tensor("w", "F99", "[1]", 0, 4)), 4), "tensor 'w' at byte 0 has the unknown dtype 'F99'"),
-            (file(&one(tensor("w", "F4", "[2]", 0, 1)), 1), "packed dtype F4"),
+            (file(&one(tensor("w", "F4", "[3]", 0, 1)), 1), "F4 [3] is 12 bits, no whole bytes"),
+            (file(&one(tensor("w", "F4", "[4]", 0, 1)), 1), "F4 [4] needs 2 bytes, its offsets span 1"),
             (file(&one(tensor("w", "F32", "[3]", 0, 8)), 8), "F32 [3] needs 12 bytes, its offsets span 8"),
             (file(&one(tensor("w", "F32", "[4294967296,4294967296]", 0, 8)), 8), "more bytes than a file can hold"),
             (file(&one(tensor("w", "F32", "[1]", 8, 4)), 8), "ends at byte 4 before it begins at 8"),

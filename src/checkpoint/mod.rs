@@ -47,6 +47,11 @@ pub const HEAD_NAME: &str = "lm_head.weight";
 /// The input embedding of LLaMA.
 pub const EMBEDDING_NAME: &str = "model.embed_tokens.weight";
 
+/// `model-00001-of-00002.safetensors`.
+fn is_shard(entry: std::fs::DirEntry) -> bool {
+    entry.file_name().to_str().is_some_and(|name| name.starts_with("model-") && name.ends_with(".safetensors"))
+}
+
 /// A checkpoint: tensor name -> view, over all its files.
 pub struct Checkpoint {
     path: PathBuf,
@@ -62,6 +67,14 @@ impl Checkpoint {
             return Self::from_files(path, vec![TensorFile::open(path)?]);
         }
         let (single, index) = (path.join(MODEL_NAME), path.join(INDEX_NAME));
+        // An index may list the one file, too.
+        if index.exists() && single.exists() && std::fs::read_dir(path).into_iter().flatten().flatten().any(is_shard) {
+            return Err(Error::request(format!(
+                "'{}' holds two models, {MODEL_NAME} and the shards of {INDEX_NAME}: transformers reads {MODEL_NAME}",
+                path.display()
+            ))
+            .help(format!("remove the one that is out of date, or name '{}' itself", single.display())));
+        }
         if index.exists() {
             Self::from_files(path, Index::open_shards(&index)?)
         } else if single.exists() {

@@ -95,7 +95,7 @@ fn factors(plan: &Plan, size: Size, progress: &Progress) -> Result<Vec<Factors>>
             let shape = m.tuned.matrix_shape()?;
             let delta = Array2::from_shape_vec(shape, factor::difference(&m.base, &m.tuned)?)
                 .map_err(|e| Error::environment(format!("tensor '{}': {e}", m.tuned.name())))?;
-            let factors = factor::factor(delta, size, plan.transposed)?;
+            let factors = factor::factor(delta, size, plan.is_transposed(&m.tuned))?;
             bar.inc(1);
             Ok(factors)
         };
@@ -123,7 +123,7 @@ fn write(plan: &Plan, factors: &[Factors], options: &Options, folder: &Path) -> 
     let mut modules = Vec::with_capacity(factors.len());
     for ((m, &name), f) in plan.matrices.iter().zip(&names).zip(factors) {
         let (rows, columns) = m.tuned.matrix_shape()?;
-        let (out_features, in_features) = if plan.transposed { (columns, rows) } else { (rows, columns) };
+        let (out_features, in_features) = if plan.is_transposed(&m.tuned) { (columns, rows) } else { (rows, columns) };
         modules.push(NewModule { name, r: f.r, out_features, in_features, a: &f.a, b: &f.b });
     }
     let ranks: Vec<usize> = factors.iter().map(|f| f.r).collect();
@@ -133,15 +133,28 @@ fn write(plan: &Plan, factors: &[Factors], options: &Options, folder: &Path) -> 
     if options.save_rest {
         saved.extend(plan.rest.iter().map(|c| (c.tuned.name(), c.tuned)));
         // Whole names: PEFT compares with the end of a module's name, and `norm` would be `input_layernorm`, too.
-        config.modules_to_save = Some(saved.iter().map(|(name, _)| plan::module(name).to_owned()).collect());
+        let whole = saved.iter().filter(|(name, _)| !plan.is_bias_of_factored(name));
+        let mut whole: Vec<String> = whole.map(|(name, _)| plan::module(name).to_owned()).collect();
+        whole.dedup();
+        if saved.iter().any(|(name, _)| plan.is_bias_of_factored(name)) {
+            config.bias = "all".to_owned();
+        }
+        config.modules_to_save = Some(whole);
         if let Some(head) = plan.tied_head() {
             saved.push(head);
             config.other.insert("ensure_weight_tying".into(), true.into());
         }
     }
     let values = saved.iter().map(|(_, t)| t.to_f32()).collect::<Result<Vec<_>>>()?;
-    let full: Vec<FullTensor> =
-        saved.iter().zip(&values).map(|((name, t), values)| FullTensor { name, shape: t.shape(), values }).collect();
+    // PEFT's layers keep the bias below the factors.
+    let stored = |name: &str| match plan.is_bias_of_factored(name) {
+        true => format!("{}.base_layer.bias", plan::module(name)),
+        false => name.to_owned(),
+    };
+    let names: Vec<String> = saved.iter().map(|(name, _)| stored(name)).collect();
+    let full: Vec<FullTensor> = (saved.iter().zip(&values).zip(&names))
+        .map(|(((_, t), values), name)| FullTensor { name, shape: t.shape(), values })
+        .collect();
     let metadata = BTreeMap::from([
         ("extracted_by".to_owned(), concat!("relora-kit ", env!("CARGO_PKG_VERSION")).to_owned()),
         ("base".to_owned(), options.base.display().to_string()),
@@ -158,7 +171,7 @@ fn configuration(plan: &Plan, names: &[&str], ranks: &[usize]) -> Result<Adapter
     let targets = plan.targets(names);
     let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
     let mut config = AdapterConfig::new(r, r as f64, &targets);
-    config.fan_in_fan_out = plan.transposed;
+    config.fan_in_fan_out = plan.matrices.iter().any(|m| plan.is_transposed(&m.tuned));
     for (&name, &rank) in names.iter().zip(ranks).filter(|(_, rank)| **rank != r) {
         for pattern in [&mut config.rank_pattern, &mut config.alpha_pattern] {
             pattern

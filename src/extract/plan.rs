@@ -2,6 +2,7 @@
 
 use super::{Options, Size};
 use crate::{
+    architecture::{Architecture, LayerKind},
     checkpoint::{Checkpoint, HEAD_NAME, Tensor, dtype, natural_key},
     error::{Error, Result},
 };
@@ -22,31 +23,34 @@ pub(super) struct Plan<'a> {
     /// Norms, embeddings, heads.
     pub rest: Vec<Changed<'a>>,
     pub unchanged: usize,
-    /// Weights are stored `[in, out]` (GPT-2).
-    pub transposed: bool,
-    /// The head is the embedding.
-    pub tied: bool,
-    // Last component of a module's name -> how many matrices of the base could be factored under it.
-    candidates: BTreeMap<&'a str, usize>,
+    pub architecture: Architecture,
+    /// The embedding that is the head, too, and the head's name; only the embedding is stored.
+    pub tied: Option<(String, String)>,
+    // Last component of a module's name -> how many modules of the base have it, those that hold other modules included.
+    modules: BTreeMap<&'a str, usize>,
 }
 
-/// Ends of the names of modules that are no linear layers inside the model: embeddings, and heads, which PEFT leaves alone
-/// unless told otherwise.
-const EMBEDDINGS_AND_HEADS: [&str; 14] = [
+/// Ends of the names of heads, which PEFT leaves alone unless told otherwise.
+const HEADS: [&str; 5] = ["lm_head", "embed_out", "output_projection", "score", "classifier"];
+
+/// Ends of the names that embeddings have, for architectures that the table lacks.
+const EMBEDDINGS: [&str; 16] = [
     "embed_tokens",
     "wte",
     "wpe",
     "word_embeddings",
     "position_embeddings",
+    "position_embedding",
     "token_type_embeddings",
+    "token_embedding",
+    "tokens_embed",
+    "positions_embed",
+    "embeddings",
     "embed_in",
     "embed_positions",
+    "embed",
+    "relative_attention_bias",
     "shared",
-    "lm_head",
-    "embed_out",
-    "output_projection",
-    "score",
-    "classifier",
 ];
 
 /// `model.norm.weight` -> `model.norm`.
@@ -58,24 +62,44 @@ fn last(module: &str) -> &str {
     module.rsplit('.').next().unwrap_or(module)
 }
 
-/// Whether an adapter can hold a low-rank delta of this tensor.
-fn is_target(tensor: &Tensor) -> bool {
-    tensor.shape().len() == 2
-        && tensor.elements() > 0
-        && tensor.name().ends_with(".weight")
-        && !EMBEDDINGS_AND_HEADS.contains(&last(module(tensor.name())))
+/// Whether an adapter can hold a low-rank delta of this tensor: the weight of a linear layer, by the architecture's own classes.
+fn is_target(tensor: &Tensor, architecture: &Architecture) -> bool {
+    let last = last(module(tensor.name()));
+    let linear = match architecture.kind(tensor.name()) {
+        Some(kind) => matches!(kind, LayerKind::Linear | LayerKind::Conv1d),
+        None => !EMBEDDINGS.contains(&last),
+    };
+    let matrix = tensor.shape().len() == 2 && tensor.elements() > 0 && tensor.name().ends_with(".weight");
+    matrix && linear && !HEADS.contains(&last)
+}
+
+/// The embedding that is the head, too, in a base that stores only the embedding and does not say that it is untied.
+fn tied(base: &Checkpoint, architecture: &Architecture) -> Option<(String, String)> {
+    if architecture.says_untied() || base.tensors().any(|t| HEADS[..2].contains(&last(module(t.name())))) {
+        return None;
+    }
+    let renaming = architecture.renaming();
+    let stored = |name: &str| renaming.as_ref().map_or(name.to_owned(), |r| r.apply(name));
+    let known = architecture
+        .tied()
+        .find(|(head, input)| HEADS.contains(&last(module(head))) && base.get(&stored(input)).is_some());
+    if let Some((head, input)) = known {
+        return Some((stored(input), head.to_owned()));
+    }
+    let by_name = base.tensors().find(|t| ["embed_tokens", "wte"].contains(&last(module(t.name()))))?;
+    (architecture.ties() == Some(true)).then(|| (by_name.name().to_owned(), HEAD_NAME.to_owned()))
 }
 
 impl<'a> Plan<'a> {
     pub fn new(base: &'a Checkpoint, tuned: &'a Checkpoint, options: &Options) -> Result<Plan<'a>> {
-        let config = config_of(base)?;
+        let architecture = Architecture::of(&config_of(base)?);
         let mut plan = Plan {
             matrices: Vec::new(),
             rest: Vec::new(),
             unchanged: 0,
-            transposed: config["model_type"] == "gpt2",
-            tied: config["tie_word_embeddings"] == true,
-            candidates: BTreeMap::new(),
+            tied: tied(base, &architecture),
+            architecture,
+            modules: BTreeMap::new(),
         };
         let mut names: Vec<&str> = base.tensors().map(|t| t.name()).filter(|n| options.filter.takes(n)).collect();
         names.sort_by_cached_key(|name| natural_key(name));
@@ -87,8 +111,10 @@ impl<'a> Plan<'a> {
             let after = tuned.get(name).ok_or_else(|| lacks(tuned, name, base))?;
             plan.add(before, after, options)?;
         }
-        for t in base.tensors().filter(is_target) {
-            *plan.candidates.entry(last(module(t.name()))).or_default() += 1;
+        let dots = |name: &'a str| name.match_indices('.').map(move |(i, _)| &name[..i]);
+        let modules: BTreeSet<&str> = base.tensors().flat_map(|t| dots(t.name())).collect();
+        for name in modules {
+            *plan.modules.entry(last(name)).or_default() += 1;
         }
         if plan.matrices.is_empty() && (plan.rest.is_empty() || !options.save_rest) {
             let what = if plan.rest.is_empty() { "no tensor changed" } else { "no matrix of a linear layer changed" };
@@ -114,7 +140,14 @@ impl<'a> Plan<'a> {
                 base.file().path().display(),
                 tuned.file().path().display()
             ))
-            .help("extract from a checkpoint and the one it was trained from"));
+            .help(match (base.shape(), shape) {
+                (&[before, m], &[after, n]) if m == n && after > before => format!(
+                    "training added {} tokens: leave the vocabulary out, for example with --filter '*layers*', or resize the \
+                     base first (`resize_token_embeddings({after})`)",
+                    after - before
+                ),
+                _ => "extract from a checkpoint and the one it was trained from".to_owned(),
+            }));
         }
         if base.dtype() == tuned.dtype() && base.bytes() == tuned.bytes() {
             self.unchanged += 1;
@@ -134,7 +167,7 @@ impl<'a> Plan<'a> {
             return Ok(());
         }
         let changed = Changed { base, tuned };
-        if !is_target(&tuned) {
+        if !is_target(&tuned, &self.architecture) {
             self.rest.push(changed);
             return Ok(());
         }
@@ -151,34 +184,46 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// Whether a changed tensor is the bias of a factored layer: PEFT stores it beside the factors, with `bias: "all"`.
+    pub fn is_bias_of_factored(&self, name: &str) -> bool {
+        name.ends_with(".bias") && self.matrices.iter().any(|m| module(m.tuned.name()) == module(name))
+    }
+
     /// What an adapter cannot store in full.
     fn check_rest(&self) -> Result<()> {
         let factored: BTreeSet<&str> = self.matrices.iter().map(|m| module(m.tuned.name())).collect();
-        let found =
-            self.rest.iter().find(|c| factored.contains(module(c.tuned.name())) || !c.tuned.name().contains('.'));
+        let found = self
+            .rest
+            .iter()
+            .map(|c| c.tuned.name())
+            .find(|name| factored.contains(module(name)) && !self.is_bias_of_factored(name) || !name.contains('.'));
         match found {
-            Some(c) => Err(Error::request(format!(
-                "tensor '{}' changed, but an adapter cannot store it in full beside factors of its module",
-                c.tuned.name()
+            Some(name) => Err(Error::request(format!(
+                "tensor '{name}' changed, but an adapter cannot store it in full beside factors of its module"
             ))
             .help("leave it out with --filter, or run without --save-rest, which lists it")),
             None => Ok(()),
         }
     }
 
-    /// The name under which PEFT looks for the head of a tied model whose embedding is stored in full.
-    pub fn tied_head(&self) -> Option<(&'static str, Tensor<'a>)> {
-        let is_embedding = |t: &Tensor| ["embed_tokens", "wte"].contains(&last(module(t.name())));
-        let embedding = self.rest.iter().map(|c| c.tuned).find(is_embedding).filter(|_| self.tied)?;
-        self.rest.iter().all(|c| c.tuned.name() != HEAD_NAME).then_some((HEAD_NAME, embedding))
+    /// Whether the weight is stored `[in, out]`.
+    pub fn is_transposed(&self, tensor: &Tensor) -> bool {
+        self.architecture.kind(tensor.name()) == Some(LayerKind::Conv1d)
     }
 
-    /// `target_modules`: the last components of the names where all modules that have them are factored, whole names
-    /// elsewhere.
+    /// The name under which PEFT looks for the head of a tied model whose embedding is stored in full.
+    pub fn tied_head(&self) -> Option<(&str, Tensor<'a>)> {
+        let (input, head) = self.tied.as_ref()?;
+        let embedding = self.rest.iter().map(|c| c.tuned).find(|t| t.name() == input)?;
+        self.rest.iter().all(|c| c.tuned.name() != head).then_some((head, embedding))
+    }
+
+    /// `target_modules`: the last components of the names where all modules that end in them are factored, whole names elsewhere:
+    /// PEFT compares with the end of every module's name, and `0` is a block, too.
     pub fn targets(&self, names: &[&str]) -> Vec<String> {
         let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
         names.iter().for_each(|name| *counts.entry(last(name)).or_default() += 1);
-        let all = |name: &str| counts.get(last(name)) == self.candidates.get(last(name));
+        let all = |name: &str| counts.get(last(name)) == self.modules.get(last(name));
         let target = |&name: &&str| if all(name) { last(name).to_owned() } else { name.to_owned() };
         let mut targets: Vec<String> = names.iter().map(target).collect();
         targets.sort();

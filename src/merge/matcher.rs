@@ -103,7 +103,8 @@ impl<'a> Matcher<'a> {
         let wanted: Vec<Wanted> =
             modules.iter().map(|m| (m.tensor_name(), shape(m))).chain(full_names(adapter).map(|n| (n, None))).collect();
         let shown = adapter.path().display().to_string();
-        let mapping = Mapping::find(self.base, &self.architecture, &wanted, &self.rules, &shown)?;
+        let trained = adapter.config().other.get("auto_mapping").and_then(|m| m["base_model_class"].as_str());
+        let mapping = Mapping::find(self.base, &self.architecture, &wanted, &self.rules, (&shown, trained))?;
         if !mapping.is_identity() {
             let rule = mapping.describe();
             self.plan.warnings.push(format!("the adapter '{shown}' names tensors unlike the base: {rule}"));

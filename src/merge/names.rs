@@ -29,13 +29,14 @@ pub(super) type Wanted = (String, Option<(usize, usize)>);
 
 impl Mapping {
     /// The mapping that finds most of `names` in `base`, with the shapes that the adapter gives them; as they are where others
-    /// do no better. Two that do equally well, with different targets, are refused: `adapter` is named there.
+    /// do no better. Two that do equally well, with different targets, are refused: `adapter` is named there. `trained` is the
+    /// class that the adapter says it was trained on: that of one tower of a model (`SiglipVisionModel`) decides between towers.
     pub(super) fn find(
         base: &Checkpoint,
         architecture: &Architecture,
         names: &[Wanted],
         rules: &[(String, String)],
-        adapter: &str,
+        (adapter, trained): (&str, Option<&str>),
     ) -> Result<Mapping> {
         let plain = Mapping { rules: rules.to_vec(), ..Mapping::default() };
         if names.iter().all(|(name, shape)| plain.fit(base, name, *shape) == Some(true)) {
@@ -70,6 +71,19 @@ impl Mapping {
         let mine = targets(first);
         // Names that fit as they are have one reading.
         let as_is = first.renaming.is_none() && first.prefix == Prefix::Same;
+        let tower =
+            ["Vision", "Text", "Audio"].into_iter().find(|tower| trained.is_some_and(|class| class.contains(tower)));
+        if let Some(tower) = tower.map(str::to_lowercase)
+            && !as_is
+        {
+            let own = |m: &&Mapping| matches!(&m.prefix, Prefix::Add(prefix) if prefix.contains(&tower));
+            let mut of_tower = all.iter().filter(|m| score(m) == best).filter(own);
+            if let Some(found) = of_tower.next()
+                && of_tower.all(|m| targets(m) == targets(found))
+            {
+                return Ok(found.clone());
+            }
+        }
         match winners.find(|m| targets(m) != mine) {
             Some(other) if !as_is && best.1 > 0 => {
                 let theirs = targets(other);
@@ -231,7 +245,7 @@ mod tests {
     fn find(stored: &[&str], names: &[&str], class: &str, rules: &[(String, String)]) -> Result<Vec<String>> {
         let config = json!({"architectures": [class]});
         let wanted: Vec<Wanted> = names.iter().map(|n| ((*n).to_owned(), None)).collect();
-        let mapping = Mapping::find(&base(stored).1, &Architecture::of(&config), &wanted, rules, "lora")?;
+        let mapping = Mapping::find(&base(stored).1, &Architecture::of(&config), &wanted, rules, ("lora", None))?;
         Ok(names.iter().map(|n| mapping.apply(n)).collect())
     }
 
@@ -262,6 +276,20 @@ mod tests {
         assert_eq!(find(&more, &names, "Unknown", &[]).unwrap()[0], "vision.layers.0.q.weight");
         let own = ["layers.0.q.weight", "vision.layers.0.q.weight"];
         assert_eq!(find(&own, &["layers.0.q.weight"], "Unknown", &[]).unwrap(), ["layers.0.q.weight"]);
+    }
+
+    #[test]
+    fn the_class_that_was_trained_decides_between_towers() {
+        let stored = ["text_model.layers.0.q.weight", "vision_model.layers.0.q.weight"];
+        let wanted = [("layers.0.q.weight".to_owned(), None)];
+        let find = |class| {
+            let found =
+                Mapping::find(&base(&stored).1, &Architecture::of(&Value::Null), &wanted, &[], ("lora", class))?;
+            Ok::<_, Error>(found.apply("layers.0.q.weight"))
+        };
+        assert_eq!(find(Some("SiglipVisionModel")).unwrap(), stored[1]);
+        assert_eq!(find(Some("SiglipTextModel")).unwrap(), stored[0]);
+        assert!(find(Some("SiglipModel")).is_err() && find(None).is_err());
     }
 
     #[test]

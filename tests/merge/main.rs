@@ -11,6 +11,7 @@ mod delta;
 mod extract;
 mod golden;
 mod memory;
+mod names_and_ties;
 mod oracle;
 mod parts;
 mod prop;
