@@ -38,6 +38,7 @@ impl crate::merge::Options {
     /// are, values are rounded to the nearest.
     pub fn new(base: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
         crate::merge::Options {
+            map: Vec::new(),
             base: base.into(),
             adapters: Vec::new(),
             output: output.into(),
