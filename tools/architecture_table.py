@@ -145,14 +145,15 @@ def facts(name, model_type):
     entry["split"] = dict(sorted({mask(k): sorted({mask(v) for v in vs}) if len(vs) < 2 else [mask(v) for v in vs] for k, vs in split.items()}.items()))
     hidden = getattr(text, "hidden_size", None)
     entry["experts_in_out"] = any(n.endswith("gate_up_proj") and p.dim() == 3 and p.shape[1] == hidden and p.shape[2] != hidden for n, p in model.named_parameters())
-    return {k: v for k, v in entry.items() if v not in ([], {}, None, False)}
+    return {k: v for k, v in entry.items() if v not in ([], {}, None, False)}, model.config.model_type
 
 
 def main():
     groups, failed = {}, []
     for name, model_type in classes():
         try:
-            entry = facts(name, model_type)
+            # Several model types share classes: the configuration's own is what config.json says.
+            entry, model_type = facts(name, model_type)
         except Exception as e:
             failed.append(f"{name}: {type(e).__name__}: {str(e)[:80]}")
             continue

@@ -196,8 +196,8 @@ fn what_cannot_be_extracted_is_refused_before_anything_is_written() {
     refuse(&a, &b, &["--rank", "1"], &["a.safetensors' has no tensor 'k.weight'"]);
     let more = f32_bytes(&[1.0; 4]);
     let (a, b) = pair(
-        &[("q.weight", "F32", &[2, 2], zeros()), ("q.bias", "F32", &[4], zeros())],
-        &[("q.weight", "F32", &[2, 2], more.clone()), ("q.bias", "F32", &[4], more)],
+        &[("q.weight", "F32", &[2, 2], zeros()), ("q.gain", "F32", &[4], zeros())],
+        &[("q.weight", "F32", &[2, 2], more.clone()), ("q.gain", "F32", &[4], more)],
     );
-    refuse(&a, &b, &["--rank", "1", "--save-rest"], &["'q.bias' changed", "beside factors of its module"]);
+    refuse(&a, &b, &["--rank", "1", "--save-rest"], &["'q.gain' changed", "beside factors of its module"]);
 }

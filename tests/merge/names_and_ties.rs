@@ -121,6 +121,7 @@ fn a_vocabulary_grows_with_embedding_head_and_configuration() {
     let out = small.path("out");
     assert_eq!(values(&out, EMBEDDING), [2.0; 18]);
     assert!(fs::read_to_string(out.join("config.json")).unwrap().contains("\"vocab_size\": 6"));
+    fs::remove_dir_all(out).unwrap();
     // One of the two only, fewer rows, factors without their embedding.
     adapter(&small, none(), &[(EMBEDDING, &[6, 3], 2.0)]);
     small.refuses(&["grew from 4 to 6 rows", "'lm_head.weight' has 4", "resize_token_embeddings(6)"]);
@@ -138,6 +139,7 @@ fn adapters_that_change_nothing_are_warned_about() {
     let (code, _, stderr) = run(small.args(&[]));
     assert_eq!(code, 0, "{stderr}");
     assert!(stderr.contains("changes nothing: a factor of each of its 1 modules is zero"), "{stderr}");
+    fs::remove_dir_all(small.path("out")).unwrap();
     let settings = serde_json::json!({"lora_alpha": null});
     adapter(&small, settings, &[("q.lora_A.weight", &[2, 3], 0.5), ("q.lora_B.weight", &[4, 2], 0.25)]);
     small.refuses(&["lora_alpha is null"]);
