@@ -18,6 +18,7 @@ use std::{
 fn merged(base: &Path, adapters: &[PathBuf]) -> (tempfile::TempDir, Result<Checkpoint>) {
     let dir = tempfile::tempdir().unwrap();
     let options = Options {
+        map: Vec::new(),
         base: base.to_owned(),
         adapters: adapters.iter().map(|path| (path.clone(), 1.0)).collect(),
         output: dir.path().join("out"),
