@@ -410,6 +410,8 @@ pub fn plan_alone<'a>(module: &Module<'a>) -> Result<Option<Planned<'a>>> {
         weight: 1.0,
         experts_in_out: false,
         all: &[],
+        stored_in_out: None,
+        of_parameter: None,
     };
     kind.plan(module, &site)
 }
