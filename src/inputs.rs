@@ -141,7 +141,7 @@ struct Entry {
 }
 
 /// All that are mapped now, and the first that was found changed when its mapping ended.
-static WATCHED: Mutex<(Vec<Arc<Entry>>, Option<Error>)> = Mutex::new((Vec::new(), None));
+static WATCHED: Mutex<(Vec<Arc<Entry>>, Option<(PathBuf, Error)>)> = Mutex::new((Vec::new(), None));
 
 impl Watched {
     /// Remembers what `file` is like now.
@@ -171,7 +171,7 @@ impl Drop for Watched {
         let changed = self.entry.check().err();
         let mut watched = lock(&WATCHED);
         watched.0.retain(|entry| !Arc::ptr_eq(entry, &self.entry));
-        watched.1 = watched.1.take().or(changed);
+        watched.1 = watched.1.take().or(changed.map(|e| (self.entry.path.clone(), e)));
     }
 }
 
@@ -195,8 +195,24 @@ impl Entry {
 pub fn check_unchanged() -> Result<()> {
     let mut watched = lock(&WATCHED);
     // Reported once: a program that goes on after the error is told about later changes only.
-    watched.1.take().map_or(Ok(()), Err)?;
+    watched.1.take().map_or(Ok(()), |(_, e)| Err(e))?;
     watched.0.iter().try_for_each(|entry| entry.check())
+}
+
+impl Inputs {
+    /// [`check_unchanged`], of these files and those in these folders: what else a library's caller reads or writes meanwhile does not
+    /// matter to them.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let ours = |path: &Path| {
+            let resolved = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+            self.paths.iter().any(|(given, input)| path.starts_with(given) || resolved.starts_with(input))
+        };
+        let mut watched = lock(&WATCHED);
+        if let Some((_, e)) = watched.1.take_if(|(path, _)| ours(path)) {
+            return Err(e);
+        }
+        watched.0.iter().filter(|entry| ours(&entry.path)).try_for_each(|entry| entry.check())
+    }
 }
 
 /// The mapped file that this address belongs to.

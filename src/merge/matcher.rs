@@ -329,7 +329,13 @@ fn grown(module: &Module, stored: &[usize]) -> Option<usize> {
     let shape = module.adapter().kind().shape(module).ok()??;
     let &[rows, columns] = stored else { return None };
     let is_vocabulary = module.adapter().kind().is_embedding(module) || module.name().ends_with("lm_head");
-    (is_vocabulary && shape.0 > rows && shape.1 == columns).then_some(shape.0)
+    // The factors of an embedding give its transpose.
+    let wanted = match shape {
+        (tokens, width) if width == columns => tokens,
+        (width, tokens) if width == columns => tokens,
+        _ => return None,
+    };
+    (is_vocabulary && wanted > rows).then_some(wanted)
 }
 
 fn full_names(adapter: &Adapter) -> impl Iterator<Item = String> + '_ {

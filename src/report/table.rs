@@ -163,7 +163,7 @@ mod tests {
             "{markdown}"
         );
         assert!(
-            markdown.contains("| self_attn.q_proj |") && markdown.contains("| \u{fffd}x\u{fffd}\u{fffd}[2J |"),
+            markdown.contains("| self_attn.q_proj |") && markdown.contains("| \u{fffd}x\u{fffd}\u{fffd}\\[2J |"),
             "{markdown}"
         );
         assert!(table.to_text().contains("\u{fffd}x\u{fffd}\u{fffd}[2J"));

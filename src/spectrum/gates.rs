@@ -126,9 +126,9 @@ impl Gate {
             let rest = text[cursor.at..].split_whitespace().next();
             let found = rest.map_or("the end".to_owned(), |word| format!("'{word}'"));
             let caret = " ".repeat(text[..cursor.at].chars().count());
-            Error::request(format!("gate does not parse: expected {expected}, found {found}\n  {text}\n  {caret}^")).help(
-                "METRIC OP VALUE [for all|any|median|P%] [on GLOB], for example 'rank_above_noise > 2*r for 90% on *self_attn*'",
-            )
+            Error::request(format!("gate does not parse: expected {expected}, found {found}")).help(format!(
+                "at the caret of\n  {text}\n  {caret}^\nthe form is METRIC OP VALUE [for all|any|median|P%] [on GLOB], for example 'rank_above_noise > 2*r for 90% on *self_attn*'"
+            ))
         })
     }
 
@@ -411,10 +411,11 @@ mod tests {
             ("numerical_rank > 2 always", 19, "'for', 'on' or the end"),
             ("", 0, "a metric"),
         ] {
-            let message = Gate::parse(text).unwrap_err().message;
+            let Error { message, help, .. } = Gate::parse(text).unwrap_err();
+            let help = help.unwrap();
             assert!(message.contains(&format!("expected {expected}")), "{text}: {message}");
-            let caret = message.lines().last().unwrap();
-            assert_eq!(caret.find('^'), Some(column + 2), "{message}");
+            let caret = help.lines().nth(2).unwrap();
+            assert_eq!(caret.find('^'), Some(column + 2), "{help}");
         }
     }
 

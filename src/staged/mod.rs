@@ -13,7 +13,7 @@ pub use target::{Holds, Target};
 
 use crate::{
     error::{Error, Result},
-    inputs::{self, Inputs},
+    inputs::Inputs,
 };
 use sibling::{Sibling, parent};
 use std::{
@@ -50,7 +50,7 @@ impl StagedDir {
     /// input has changed meanwhile, or if something else has appeared under the final name.
     pub fn commit(self) -> Result<()> {
         sync_tree(self.sibling.path())?;
-        inputs::check_unchanged()?;
+        self.target.inputs().check_unchanged()?;
         let replace = self.target.check()?;
         self.sibling.publish(self.target.path(), replace)?;
         sync(parent(self.target.path()))
@@ -88,7 +88,7 @@ impl StagedFile {
     /// Syncs the file and renames it to its final name, as [`StagedDir::commit`] does.
     pub fn commit(self) -> Result<()> {
         self.sibling.file().sync_all().map_err(|e| Error::io("sync", self.target.path(), e))?;
-        inputs::check_unchanged()?;
+        self.target.inputs().check_unchanged()?;
         let replace = self.target.check()?;
         self.sibling.publish(self.target.path(), replace)?;
         sync(parent(self.target.path()))
@@ -109,12 +109,12 @@ pub fn write_text(target: Target, text: &str) -> Result<()> {
     let written = match target.stream() {
         None => return write_file(target, text.as_bytes()),
         Some(Stream::Stdout) => {
-            inputs::check_unchanged()?;
+            target.inputs().check_unchanged()?;
             let mut stdout = std::io::stdout().lock();
             stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
         }
         Some(Stream::Device) => {
-            inputs::check_unchanged()?;
+            target.inputs().check_unchanged()?;
             // Neither created nor cut: it exists, and it is not a file.
             File::options().write(true).open(path).and_then(|mut device| device.write_all(text.as_bytes()))
         }

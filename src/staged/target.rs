@@ -82,6 +82,11 @@ const SIDECAR_FILES: [&str; 24] = [
 ];
 
 impl Target {
+    /// What the command reads.
+    pub(super) fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
     /// A file. `inputs` are all files and folders that the command reads.
     pub fn file(path: &Path, force: bool, inputs: &Inputs) -> Result<Target> {
         Self::new(path, Holds::File, force, inputs)
@@ -105,7 +110,7 @@ impl Target {
                 path: path.to_owned(),
                 holds: Holds::File,
                 force,
-                inputs: Inputs::none(),
+                inputs: inputs.clone(),
                 claim: None,
                 stream,
             }),

@@ -508,6 +508,7 @@ impl<D: Device> Session<D> {
         if !self.leads() {
             return state::send_moments(&self.trainer);
         }
+        Inputs::of([&self.trainer.config().data.train]).check_unchanged()?;
         let step = self.trainer.step;
         let folder = RunDir::checkpoint_folder(step);
         let path = self.dir.0.join(&folder);

@@ -326,7 +326,7 @@ fn an_earlier_result_is_compared_with_and_lost_rank_is_named() {
     let args = ["spectrum", "--run", text(&two), "--against", text(&before)];
     let (_, stdout, _) = run([&args[..], &["--format", "markdown"]].concat());
     assert!(
-        stdout.contains("12 -> 8") && stdout.contains("q_proj.weight ('run') lost rank: 12 before, 8 now"),
+        stdout.contains("12 -&gt; 8") && stdout.contains("q_proj.weight ('run') lost rank: 12 before, 8 now"),
         "{stdout}"
     );
     let result = json(&args);

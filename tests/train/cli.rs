@@ -19,7 +19,8 @@ fn a_relora_run_leaves_a_base_its_cycles_and_a_checkpoint() {
     assert_eq!(code, 0, "{stderr}");
     assert!(stdout.contains("cycles merged") && stdout.contains("validation perplexity"), "{stdout}");
     let run_dir = PathBuf::from(workshop.path("run"));
-    let expected = ["base", "checkpoints", "config.toml", "cycles", "manifest.json", "metrics.jsonl", "tensorboard"];
+    let expected =
+        [".lock", "base", "checkpoints", "config.toml", "cycles", "manifest.json", "metrics.jsonl", "tensorboard"];
     assert_eq!(entries(&run_dir), expected);
     assert_eq!(entries(&run_dir.join("cycles")), ["cycle-001", "cycle-002", "cycle-003", "cycle-004"]);
     assert_eq!(entries(&run_dir.join("checkpoints")), ["step-49", "step-50"]);
@@ -206,7 +207,7 @@ fn bad_requests_are_refused_before_anything_is_written() {
     let workshop = Workshop::new();
     for (set, expected) in [
         ("data.train=nowhere.safetensors", "nowhere.safetensors"),
-        ("data.train=model.json", "is not a valid safetensors file"),
+        ("data.train=model.json", "is not a token shard"),
         ("data.max_length=128", "max_position_embeddings 64"),
         ("data.validation_fraction=0.9999", "expected at least one window"),
         ("model.overrides.vocab_size=100", "vocabulary of 257 ids, the model one of 100"),
