@@ -37,7 +37,7 @@ pub struct Args {
     /// Only tensors whose names match this glob; repeat for more
     #[arg(long, value_name = "GLOB")]
     filter: Vec<String>,
-    /// Store changed norms, embeddings and heads in full (modules_to_save)
+    /// StorageFormat changed norms, embeddings and heads in full (modules_to_save)
     #[arg(long)]
     save_rest: bool,
     /// The adapter folder to create

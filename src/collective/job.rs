@@ -1,6 +1,6 @@
 //! The processes of one job, met: what they need of each other besides the sums of buffers.
 
-use super::{Line, OnEnding, Ranks, rendezvous};
+use super::{ControlChannel, OnEnding, Ranks, rendezvous};
 use crate::error::{Error, Result};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 /// This process among the others of its job, with an open line to them.
 pub struct Job {
     ranks: Ranks,
-    line: Line,
+    line: ControlChannel,
     #[cfg(feature = "mpi")]
     mpi: OnceLock<Arc<Mpi>>,
 }
@@ -90,7 +90,7 @@ impl Job {
         Ok(all.first().map_or(String::new(), |said| String::from_utf8_lossy(said).into_owned()))
     }
 
-    /// Tells the others that this process ends with `error`; see [`Line::fail`].
+    /// Tells the others that this process ends with `error`; see [`ControlChannel::fail`].
     pub fn fail(&self, error: &Error) -> bool {
         self.line.fail(error)
     }

@@ -4,10 +4,10 @@
 //! only, and notices a process that dies.
 
 mod alone;
+mod control_channel;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod job;
-mod line;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "cuda")]
@@ -17,8 +17,8 @@ mod rendezvous;
 mod wire;
 
 pub use alone::Alone;
+pub use control_channel::{ControlChannel, Ending, OnEnding};
 pub use job::Job;
-pub use line::{Ending, Line, OnEnding};
 #[cfg(all(feature = "mpi", feature = "cuda"))]
 pub use mpi::MpiOnGpus;
 #[cfg(feature = "mpi")]
@@ -54,7 +54,7 @@ pub trait Members: Send + Sync {
 }
 
 /// What they do with buffers. Every process calls the same methods in the same order; a call ends when all have made it. A
-/// process that is gone ends the job through its [`Line`], whatever the others wait in.
+/// process that is gone ends the job through its [`ControlChannel`], whatever the others wait in.
 pub trait Collective<D: Device>: Members {
     /// Begins to sum each buffer over all processes, element by element in f32: the same bits on every process, and in every
     /// run with as many. The caller computes on; it waits by calling what this returns.

@@ -1,8 +1,8 @@
-//! How the processes of a job find each other: all come to rank 0, within a time limit, and keep the [`Line`] they came by.
+//! How the processes of a job find each other: all come to rank 0, within a time limit, and keep the [`ControlChannel`] they came by.
 
 use super::{
-    Line, OnEnding, Ranks,
-    line::{SILENCE, gone},
+    ControlChannel, OnEnding, Ranks,
+    control_channel::{SILENCE, gone},
     wire::{Hello, LARGEST, Message, Sentence},
 };
 use crate::error::{Error, Result};
@@ -75,7 +75,7 @@ pub(super) fn addresses() -> Vec<std::net::IpAddr> {
 }
 
 /// Meets the other processes at `MASTER_ADDR`, within `limit`. `on_ending` is called when one is lost later.
-pub(super) fn meet(ranks: &Ranks, limit: Duration, on_ending: OnEnding) -> Result<Line> {
+pub(super) fn meet(ranks: &Ranks, limit: Duration, on_ending: OnEnding) -> Result<ControlChannel> {
     let master = ranks.master.as_ref().ok_or_else(|| {
         Error::request(format!("{} processes were started, but MASTER_ADDR is not set", ranks.world_size))
             .help("under Slurm: export MASTER_ADDR=$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | head -n 1)")
@@ -99,7 +99,7 @@ pub(super) fn lead(
     job: &str,
     limit: Duration,
     on_ending: OnEnding,
-) -> Result<Line> {
+) -> Result<ControlChannel> {
     let own = hello(ranks, job);
     let mut found: Vec<Option<(TcpStream, String)>> = (1..ranks.world_size).map(|_| None).collect();
     match accept_all(&listener, &own, limit, &mut found) {
@@ -117,7 +117,7 @@ pub(super) fn lead(
         welcome.write(&mut stream).map_err(|e| gone(i + 1, &host, &format!(": {e}")))?;
         streams.push((i + 1, stream));
     }
-    Line::start(0, hosts, streams, SILENCE, on_ending)
+    ControlChannel::start(0, hosts, streams, SILENCE, on_ending)
 }
 
 /// As another rank: finds rank 0 under one of its names.
@@ -128,7 +128,7 @@ pub(super) fn join(
     job: &str,
     limit: Duration,
     on_ending: OnEnding,
-) -> Result<Line> {
+) -> Result<ControlChannel> {
     let began = Instant::now();
     let unreachable = |e: String| {
         Error::environment(format!(
@@ -151,7 +151,7 @@ pub(super) fn join(
     let answer = Message::Hello(hello(ranks, job)).write(&mut stream);
     match answer.and_then(|()| Message::read(&mut stream, LARGEST)) {
         Ok(Message::Welcome(hosts)) if hosts.len() == ranks.world_size => {
-            Line::start(ranks.rank, hosts, vec![(0, stream)], SILENCE, on_ending)
+            ControlChannel::start(ranks.rank, hosts, vec![(0, stream)], SILENCE, on_ending)
         }
         Ok(Message::Ended(sentence)) => Err(sentence.into_error()),
         Ok(_) => Err(unreachable("another program answers there".into())),
@@ -290,7 +290,7 @@ fn missing(found: &[Option<(TcpStream, String)>], limit: Duration) -> Error {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::collective::line::tests::endings;
+    use crate::collective::control_channel::tests::endings;
 
     pub fn ranks(rank: usize, world_size: usize) -> Ranks {
         Ranks { rank, world_size, local_rank: rank, local_size: None, master: None, launcher: "torchrun" }

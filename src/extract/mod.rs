@@ -48,7 +48,7 @@ pub struct Options {
     pub size: Size,
     /// Which tensors are looked at.
     pub filter: Filter,
-    /// Store changed tensors that cannot be factored in full.
+    /// StorageFormat changed tensors that cannot be factored in full.
     pub save_rest: bool,
     /// Replace the output if it exists.
     pub force: bool,

@@ -3,7 +3,7 @@
 use super::{
     Model, init,
     linear::Linear,
-    params::{Param, ParamKind, Store, TARGETS},
+    params::{Param, ParamKind, StorageFormat, TARGETS},
     product::ProductChoice,
 };
 use crate::{
@@ -129,12 +129,12 @@ impl<D: Device> Model<D> {
     }
 
     /// Rounds the projections, to be frozen, to what `store` can be, to the nearest.
-    pub fn store_projections(&mut self, store: Store) {
+    pub fn store_projections(&mut self, store: StorageFormat) {
         let Model { device, params, element, .. } = self;
         for param in params.iter_mut().filter(|p| p.kind == ParamKind::Linear && p.store != store) {
             let mut values = device.zeros(param.elements());
             param.read(device, &mut values);
-            param.keep(device, store, *element, Rounding::Nearest, &mut values);
+            param.set_storage(device, store, *element, Rounding::Nearest, &mut values);
         }
         self.changed = true;
         // It holds buffers for what is quantised.
@@ -169,11 +169,11 @@ impl<D: Device> Model<D> {
             let param = &mut params[at];
             match param.store {
                 // Weights in f32 that are rounded all the same.
-                Store::F32 => {
+                StorageFormat::F32 => {
                     device.round_to_bf16(rounding(at), &mut merged);
                     device.copy(&merged, &mut param.value);
                 }
-                store => param.keep(device, store, *element, rounding(at), &mut merged),
+                store => param.set_storage(device, store, *element, rounding(at), &mut merged),
             }
             device.axpy(-1.0, &before, &mut merged);
             kept += device.dot(&delta, &merged);
@@ -205,7 +205,7 @@ impl<D: Device> Model<D> {
     /// The `which`-th projection of block `layer`, for batches of `rows` rows.
     pub(super) fn linear(&self, layer: usize, which: usize, rows: usize) -> Linear {
         let shape = &self.params[self.layout.weight(layer, which)].shape;
-        let exact = self.params[self.layout.weight(layer, which)].store == Store::F32;
+        let exact = self.params[self.layout.weight(layer, which)].store == StorageFormat::F32;
         self.layout.linear(layer, which, self.lora.as_ref(), (shape[0], shape[1]), rows, exact)
     }
 

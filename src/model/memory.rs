@@ -5,7 +5,7 @@ use super::{
     linear::extents,
     llama::logits_chunk,
     lora::LoraSpec,
-    params::{ParamKind, Store, TARGETS, table},
+    params::{ParamKind, StorageFormat, TARGETS, table},
     pool::best_fit,
     product::Product,
 };
@@ -72,7 +72,7 @@ pub struct Passes {
     /// See [`super::Model::set_mixed_precision`].
     pub mixed_precision: bool,
     /// What frozen projections may be.
-    pub frozen: Store,
+    pub frozen: StorageFormat,
 }
 
 /// Elements of a training. With `lora`, the projections are frozen.
@@ -89,8 +89,8 @@ pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -
             copies += if multiplied { size } else { 0 };
         } else {
             frozen_bytes += match passes.frozen {
-                Store::Quantised(how) => how.bytes(shape[0], shape[1]),
-                Store::Bf16 if passes.mixed_precision => 2 * size,
+                StorageFormat::Quantised(how) => how.bytes(shape[0], shape[1]),
+                StorageFormat::Bf16 if passes.mixed_precision => 2 * size,
                 _ => 4 * size,
             };
         }
@@ -112,7 +112,7 @@ pub fn elements(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -
 
 /// Floating-point operations of one forward and backward, per token: products only, attention counted causally.
 pub fn flops_per_token(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) -> f64 {
-    let (rows, len, exact) = (passes.batch * passes.len, passes.len, passes.frozen == Store::F32);
+    let (rows, len, exact) = (passes.batch * passes.len, passes.len, passes.frozen == StorageFormat::F32);
     let block: u64 = linears(config)
         .into_iter()
         .map(|dims| match lora {
@@ -183,7 +183,7 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) ->
     }
     if let Some(spec) = lora {
         let dims = linears(config);
-        let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec, passes.frozen == Store::F32)));
+        let ways = dims.map(|d| (d.0 * d.1, product(d, n, spec, passes.frozen == StorageFormat::F32)));
         let distinct = |needed: &dyn Fn(Product) -> bool| {
             let mut lengths: Vec<usize> = ways.iter().filter(|w| needed(w.1)).map(|w| w.0).collect();
             lengths.sort_unstable();
@@ -191,7 +191,7 @@ fn activations(config: &LlamaConfig, lora: Option<&LoraSpec>, passes: Passes) ->
             lengths.iter().sum::<usize>()
         };
         kept += n * spec.r * ways.iter().filter(|w| w.1 == Product::Factored).count();
-        let quantised = matches!(passes.frozen, Store::Quantised(_));
+        let quantised = matches!(passes.frozen, StorageFormat::Quantised(_));
         scratch += distinct(&|p| quantised || p != Product::Factored) + distinct(&|p| p == Product::WholeGradient);
         if ways.iter().any(|w| w.1 != Product::WholeGradient) {
             scratch += 2 * n * spec.r;
@@ -247,7 +247,7 @@ mod tests {
             accumulation,
             activation_checkpointing,
             mixed_precision: false,
-            frozen: Store::F32,
+            frozen: StorageFormat::F32,
         };
         let found = elements(&config, lora.as_ref(), passes);
         assert_eq!((found.weights, found.trained), (weights, trained), "{what}");
@@ -287,7 +287,7 @@ mod tests {
             accumulation: 1,
             activation_checkpointing: false,
             mixed_precision: false,
-            frozen: Store::F32,
+            frozen: StorageFormat::F32,
         };
         let ratio = |name: &str| {
             let config = LlamaConfig::preset(name).unwrap();

@@ -19,7 +19,7 @@ pub use config::{LlamaConfig, RopeScaling};
 pub use decode::Decoder;
 pub use llama::Ready;
 pub use lora::LoraSpec;
-pub use params::{Param, ParamKind, Store};
+pub use params::{Param, ParamKind, StorageFormat};
 pub use product::{Extents, Product, ProductChoice};
 
 use crate::{
@@ -78,12 +78,12 @@ impl<D: Device> Model<D> {
     /// The model in a Hugging Face folder (or a `.safetensors` file beside its `config.json`), as f32. Names and shapes
     /// must match both ways and all values be finite. Everything is trainable.
     pub fn load(device: D, checkpoint: &Checkpoint) -> Result<Self> {
-        Self::load_kept(device, checkpoint, Store::F32, false)
+        Self::load_as(device, checkpoint, StorageFormat::F32, false)
     }
 
     /// [`Model::load`] with projections that are to be frozen, rounded to what `store` can be as they are read, and with or
     /// without [`Model::set_mixed_precision`].
-    pub fn load_kept(device: D, checkpoint: &Checkpoint, store: Store, mixed_precision: bool) -> Result<Self> {
+    pub fn load_as(device: D, checkpoint: &Checkpoint, store: StorageFormat, mixed_precision: bool) -> Result<Self> {
         let config = LlamaConfig::from_json(&params::config_path(checkpoint))?;
         check_layers(&config, checkpoint)?;
         let element = activations(&device, mixed_precision);

@@ -40,9 +40,9 @@ impl ParamKind {
     }
 }
 
-/// The numbers that the values of a parameter may be.
+/// Storage format of a parameter's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Store {
+pub enum StorageFormat {
     /// Single precision.
     F32,
     /// bfloat16.
@@ -64,7 +64,7 @@ pub struct Param<D: Device> {
     /// The values; f32, but for frozen ones in bf16 on a device that has it. Empty, if they are quantised.
     pub value: D::Buffer,
     /// What they may be.
-    pub store: Store,
+    pub store: StorageFormat,
     /// The values, if they are quantised.
     pub(super) quantised: Option<D::Quantised>,
     /// A bf16 copy that products read: see [`super::Model::set_mixed_precision`].
@@ -81,7 +81,7 @@ impl<D: Device> Param<D> {
             shape,
             trainable: false,
             value,
-            store: Store::F32,
+            store: StorageFormat::F32,
             quantised: None,
             working: None,
             grad: None,
@@ -119,7 +119,7 @@ impl<D: Device> Param<D> {
 
     /// Replaces quantised values by others that are kept in the same way.
     pub fn write_quantised(&mut self, device: &D, values: &Quantised) {
-        assert_eq!(self.store, Store::Quantised(values.how), "quantised values take the place of their like");
+        assert_eq!(self.store, StorageFormat::Quantised(values.how), "quantised values take the place of their like");
         self.quantised = Some(device.upload_quantised(values));
     }
 
@@ -133,23 +133,23 @@ impl<D: Device> Param<D> {
 
     /// Replaces the values by others that `store` can be: `values` (f32) are rounded first, and hold what was kept. bf16 is in
     /// buffers of these elements.
-    pub(super) fn keep(
+    pub(super) fn set_storage(
         &mut self,
         device: &D,
-        store: Store,
+        store: StorageFormat,
         element: Element,
         rounding: Rounding,
         values: &mut D::Buffer,
     ) {
         self.store = store;
         match store {
-            Store::F32 => device.copy(values, &mut self.value),
-            Store::Bf16 => {
+            StorageFormat::F32 => device.copy(values, &mut self.value),
+            StorageFormat::Bf16 => {
                 device.round_to_bf16(rounding, values);
                 self.value = device.zeros_of(element, self.elements());
                 device.copy(values, &mut self.value);
             }
-            Store::Quantised(how) => {
+            StorageFormat::Quantised(how) => {
                 let quantised = device.quantise(how, self.shape[0], self.shape[1], values);
                 device.dequantise(&quantised, values);
                 self.quantised = Some(quantised);
@@ -160,7 +160,7 @@ impl<D: Device> Param<D> {
 
     /// Brings the copy that products read up to date, or drops it where they read the values themselves.
     pub(super) fn refresh(&mut self, device: &D, narrow: bool) {
-        if !narrow || self.store != Store::F32 {
+        if !narrow || self.store != StorageFormat::F32 {
             self.working = None;
             return;
         }
@@ -294,7 +294,7 @@ pub(super) fn load<D: Device>(
     device: &D,
     config: &LlamaConfig,
     checkpoint: &Checkpoint,
-    (store, element): (Store, Element),
+    (store, element): (StorageFormat, Element),
 ) -> Result<Vec<Param<D>>> {
     let table = table(config);
     check_names(config, checkpoint, &table)?;
@@ -318,12 +318,12 @@ pub(super) fn load<D: Device>(
             .help("a model with such weights cannot be trained or evaluated; look at it with `relora-kit inspect --stats`"));
         }
         let mut value = device.upload(&values);
-        if kind != ParamKind::Linear || store == Store::F32 {
+        if kind != ParamKind::Linear || store == StorageFormat::F32 {
             params.push(Param::new(name, kind, shape, value));
             continue;
         }
         let mut param = Param::new(name, kind, shape, device.zeros(0));
-        param.keep(device, store, element, Rounding::Nearest, &mut value);
+        param.set_storage(device, store, element, Rounding::Nearest, &mut value);
         params.push(param);
     }
     Ok(params)

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
-    model::{LlamaConfig, Model, Store},
+    model::{LlamaConfig, Model, StorageFormat},
     ops::Device,
     progress::Progress,
     run::{Hashed, sha256_file},
@@ -22,9 +22,9 @@ pub(super) fn initial_model<D: Device>(device: D, config: &Config) -> Result<Mod
     if let Some(path) = m.checkpoint.as_ref().or(m.warmed_up_model.as_ref()) {
         // Where nothing trains the projections first, they are read as they will be frozen.
         let frozen = config.train.mode != Mode::Full && config.warm_start.is_none();
-        let store = if frozen { config.frozen_store() } else { Store::F32 };
+        let store = if frozen { config.frozen_store() } else { StorageFormat::F32 };
         let mixed = config.train.mixed_precision == MixedPrecision::Bf16;
-        return Model::load_kept(device, &Checkpoint::open(path)?, store, mixed);
+        return Model::load_as(device, &Checkpoint::open(path)?, store, mixed);
     }
     Model::init(device, architecture(config)?, config.train.seed)
 }

@@ -2,17 +2,18 @@
 //!
 //! `config` -> `phase`s with their `schedule` -> `trainer` (the algorithm) inside a `session` (the run directory).
 
-mod alike;
 mod bin_layout;
 mod buckets;
-mod companions;
 pub mod config;
 pub mod evaluate;
 mod inputs;
+mod replica_consistency;
+mod sidecar_files;
 pub use inputs::architecture;
+mod launch_bound;
 pub mod metrics;
+mod micro_batches;
 pub mod optim;
-mod pace;
 pub mod phase;
 pub mod plan;
 pub mod prune;
@@ -20,7 +21,6 @@ mod quantised;
 mod run_lock;
 pub mod schedule;
 pub mod session;
-mod share;
 pub mod state;
 pub mod tensorboard;
 pub mod tokens;

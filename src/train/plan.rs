@@ -3,11 +3,11 @@
 use super::{
     config::{Config, MixedPrecision, Mode, OptimizerChoice},
     inputs::{architecture, preset},
-    share::Share,
+    micro_batches::MicroBatches,
 };
 use crate::{
     error::Result,
-    model::{LlamaConfig, LoraSpec, Store, memory},
+    model::{LlamaConfig, LoraSpec, StorageFormat, memory},
     ops::{AttentionShape, Cpu, Device, Element, Quantisation},
 };
 use serde::Serialize;
@@ -88,7 +88,7 @@ fn peak<D: Device>(device: &D, config: &Config, world_size: usize) -> Result<u64
     let passes = memory::Passes {
         mixed_precision,
         frozen: config.frozen_store(),
-        ..passes(config, &Share::new(config, 0, world_size)?)
+        ..passes(config, &MicroBatches::new(config, 0, world_size)?)
     };
     let holders = if config.train.optimizer == OptimizerChoice::AdamZero { world_size as u64 } else { 1 };
     let part = |lora: Option<&LoraSpec>| {
@@ -115,14 +115,14 @@ fn peak<D: Device>(device: &D, config: &Config, world_size: usize) -> Result<u64
     Ok(all + merge + device.overhead(&shape, element))
 }
 
-fn passes(config: &Config, share: &Share) -> memory::Passes {
+fn passes(config: &Config, micro_batches: &MicroBatches) -> memory::Passes {
     memory::Passes {
-        batch: share.batch,
+        batch: micro_batches.batch,
         len: config.data.max_length,
-        accumulation: share.passes,
+        accumulation: micro_batches.passes,
         activation_checkpointing: config.train.activation_checkpointing,
         mixed_precision: false,
-        frozen: Store::F32,
+        frozen: StorageFormat::F32,
     }
 }
 
@@ -143,14 +143,14 @@ pub fn plan(config: &Config, presets: &[String]) -> Result<Plan> {
             models.push((name.clone(), preset(name)?));
         }
     }
-    let passes = passes(config, &Share::new(config, 0, 1)?);
+    let passes = passes(config, &MicroBatches::new(config, 0, 1)?);
     let process = Cpu.overhead(&AttentionShape { batch: 0, len: 0, heads: 0, kv_heads: 1, head_dim: 0 }, Element::F32);
     let needs = |name: &str, llama: &LlamaConfig, mode, dtype| {
         let lora = (mode != Mode::Full).then_some(&spec);
         let (mixed_precision, frozen) = match dtype {
-            "f32" => (false, Store::F32),
-            "bf16" => (true, Store::Bf16),
-            _ => (true, Store::Quantised(Quantisation::Nf4 { double: true })),
+            "f32" => (false, StorageFormat::F32),
+            "bf16" => (true, StorageFormat::Bf16),
+            _ => (true, StorageFormat::Quantised(Quantisation::Nf4 { double: true })),
         };
         let passes = memory::Passes { mixed_precision, frozen, ..passes };
         let e = memory::elements(llama, lora, passes);

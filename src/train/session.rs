@@ -1,14 +1,14 @@
 //! A run on disk: create or resume the folder, train, save, evaluate, restart, finish.
 
 use super::{
-    alike, companions,
     config::{Config, MixedPrecision, Mode, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{check_validation, hash_data, initial_model, open_validation, resolve_warm_up},
     metrics::{EvalRow, MergeRow, Metrics, Row, UpdateRow},
     plan::reserve,
+    replica_consistency,
     run_lock::RunLock,
-    state,
+    sidecar_files, state,
     tokens::{TokenShard, Windows},
     trainer::{Trainer, Update, UpdateOutcome},
 };
@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result},
     inputs::Inputs,
     interrupt,
-    model::{Model, Store},
+    model::{Model, StorageFormat},
     ops::{Device, OperationTime},
     progress::Progress,
     run::{BaseRecord, CheckpointRecord, CycleRecord, Hashed, Manifest, RunDir, sha256_folder},
@@ -130,7 +130,7 @@ impl<D: Device> Session<D> {
             first_step: config.model.warmed_up_steps.unwrap_or(0),
             stochastic_rounding: config.rounds_merges() && config.train.rounding == WeightRounding::Stochastic,
             quantised: match config.frozen_store() {
-                Store::Quantised(how) => Some(how.name().into()),
+                StorageFormat::Quantised(how) => Some(how.name().into()),
                 _ => None,
             },
             configuration: config.keys()?,
@@ -142,7 +142,7 @@ impl<D: Device> Session<D> {
             finished: false,
         };
         trainer.model.device().status()?;
-        alike::check(&**collective, config.to_toml()?, &manifest.data, &trainer.model, trainer.step)?;
+        replica_consistency::check(&**collective, config.to_toml()?, &manifest.data, &trainer.model, trainer.step)?;
         let dir = RunDir(dir.to_owned());
         if !collective.is_leader() {
             return Ok(Self::new(dir, manifest, trainer, validation, (None, None), progress));
@@ -152,7 +152,7 @@ impl<D: Device> Session<D> {
         let config_path = staged.path().join("config.toml");
         fs::write(&config_path, config.to_toml()?).map_err(|e| Error::io("write", &config_path, e))?;
         write_manifest(&staged.path().join("manifest.json"), &manifest)?;
-        companions::collect(&config, trainer.shard(), &staged.path().join(RunDir::TOKENIZER), progress)?;
+        sidecar_files::collect(&config, trainer.shard(), &staged.path().join(RunDir::TOKENIZER), progress)?;
         // Before the run can be seen.
         let lock = RunLock::acquire(staged.path(), &dir.0, progress)?;
         if let Err(e) = staged.commit() {
@@ -180,7 +180,7 @@ impl<D: Device> Session<D> {
         let manifest = run.manifest()?;
         resolve_warm_up(&mut config, &Progress::hidden())?;
         let (wanted, found) = (config.to_toml()?, Config::read(&run.config_path(), &[])?.to_toml()?);
-        if let Some((found, wanted)) = alike::first_difference(&found, &wanted) {
+        if let Some((found, wanted)) = replica_consistency::first_difference(&found, &wanted) {
             return Err(Error::request(format!(
                 "run '{}' has another configuration: '{found}' instead of '{wanted}'",
                 dir.display()
@@ -240,9 +240,9 @@ impl<D: Device> Session<D> {
         let trainer = match folder {
             None => Trainer::spread(config.clone(), initial_model(device, &config)?, shard, collective.clone())?,
             Some(folder) => {
-                let store = if state::is_low_rank(&folder)? { config.frozen_store() } else { Store::F32 };
+                let store = if state::is_low_rank(&folder)? { config.frozen_store() } else { StorageFormat::F32 };
                 let mixed = config.train.mixed_precision == MixedPrecision::Bf16;
-                let model = Model::load_kept(device, &Checkpoint::open(&folder)?, store, mixed)?;
+                let model = Model::load_as(device, &Checkpoint::open(&folder)?, store, mixed)?;
                 let mut trainer = Trainer::spread(config.clone(), model, shard, collective.clone())?;
                 state::restore(&mut trainer, &folder)?;
                 trainer
@@ -253,7 +253,7 @@ impl<D: Device> Session<D> {
         if manifest.base.as_ref().is_some_and(|b| b.step >= trainer.step) && trainer.cycle == 0 {
             manifest.base = None;
         }
-        alike::check(&**collective, config.to_toml()?, &data, &trainer.model, trainer.step)?;
+        replica_consistency::check(&**collective, config.to_toml()?, &data, &trainer.model, trainer.step)?;
         progress.info(&format!("resuming '{}' after update {}", dir.0.display(), trainer.step));
         let validation = open_validation(&trainer)?;
         let metrics = collective.is_leader().then(|| Metrics::open(&dir.metrics_path(), trainer.step)).transpose()?;
@@ -319,7 +319,11 @@ impl<D: Device> Session<D> {
             if self.trainer.restart_is_due() {
                 self.save_cycle()?;
                 let retention = self.trainer.restart();
-                alike::check_weights(&**self.trainer.collective(), &self.trainer.model, self.trainer.step)?;
+                replica_consistency::check_weights(
+                    &**self.trainer.collective(),
+                    &self.trainer.model,
+                    self.trainer.step,
+                )?;
                 self.note_retention(retention)?;
             }
             self.after_update()?;
@@ -424,13 +428,13 @@ impl<D: Device> Session<D> {
             self.save_base()?;
         }
         self.trainer.start_cycles()?;
-        alike::check_weights(&**self.trainer.collective(), &self.trainer.model, self.trainer.step)
+        replica_consistency::check_weights(&**self.trainer.collective(), &self.trainer.model, self.trainer.step)
     }
 
     fn save_base(&mut self) -> Result<()> {
         let staged = StagedDir::own(&self.dir.base_path())?;
         state::save_model(&self.trainer.model, self.trainer.config().train.dtype, &[], staged.path())?;
-        companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
+        sidecar_files::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         staged.commit()?;
         let files = sha256_folder(&self.dir.base_path())?;
         self.manifest.base = Some(BaseRecord { step: self.trainer.step, files });
@@ -514,7 +518,7 @@ impl<D: Device> Session<D> {
         let path = self.dir.0.join(&folder);
         let staged = StagedDir::own(&path)?;
         state::save_checkpoint(&self.trainer, &self.roundings()?, staged.path())?;
-        companions::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
+        sidecar_files::copy_all(&self.dir.0.join(RunDir::TOKENIZER), staged.path())?;
         let files = state::seal(staged.path())?;
         staged.commit()?;
         self.manifest.checkpoint = Some(CheckpointRecord { step, folder, files });

@@ -17,7 +17,7 @@ use crate::{
         roundings::{self, Step},
     },
     error::{Error, Result},
-    model::{Model, Param, ParamKind, Store},
+    model::{Model, Param, ParamKind, StorageFormat},
     ops::Device,
     run::{sha256_file, sha256_folder},
 };
@@ -80,7 +80,7 @@ pub fn save_model<D: Device>(model: &Model<D>, dtype: WeightDtype, roundings: &[
 
 /// The type that a parameter is stored as: that of its values, so that `verify` reads from it how they were rounded.
 fn kept_as<D: Device>(param: &Param<D>, dtype: WeightDtype) -> Dtype {
-    if dtype == WeightDtype::Bf16 || param.store == Store::Bf16 { Dtype::BF16 } else { Dtype::F32 }
+    if dtype == WeightDtype::Bf16 || param.store == StorageFormat::Bf16 { Dtype::BF16 } else { Dtype::F32 }
 }
 
 /// `values += scaling * B @ A` for the projection called `name`, on the host.
@@ -307,7 +307,7 @@ pub fn restore<D: Device>(trainer: &mut Trainer<D>, folder: &Path) -> Result<()>
             Ok(Some(tensor.to_f32()?.into_owned()))
         };
         let (value, m, v) = (read("param")?, read(MOMENTS[0])?, read(MOMENTS[1])?);
-        if let Store::Quantised(how) = param.store {
+        if let StorageFormat::Quantised(how) = param.store {
             let values = quantised::read(&state, &param.name, how, [param.shape[0], param.shape[1]])?;
             param.write_quantised(device, &values);
         } else if let Some(value) = value {

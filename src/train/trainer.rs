@@ -6,16 +6,16 @@
 use super::{
     buckets::{BUCKET, Buckets},
     config::{Config, MixedPrecision, OptimizerChoice, WeightDtype, WeightRounding},
+    launch_bound::LaunchBound,
+    micro_batches::MicroBatches,
     optim::Optimizer,
-    pace::Pace,
     phase::Phase,
-    share::Share,
     tokens::{TokenShard, Windows, mix},
 };
 use crate::{
     collective::{Alone, Collective},
     error::{Error, Result},
-    model::{LoraSpec, Model, ParamKind, Store},
+    model::{LoraSpec, Model, ParamKind, StorageFormat},
     ops::{Device, PACKED_STATS, Rounding, StepStats},
     progress::Cancellation,
 };
@@ -35,7 +35,7 @@ pub struct Trainer<D: Device> {
     shard: TokenShard,
     windows: Windows,
     collective: Arc<dyn Collective<D>>,
-    share: Share,
+    micro_batches: MicroBatches,
     /// Updates made.
     pub step: u64,
     /// The cycle being trained, from 1; 0 before the first.
@@ -45,7 +45,7 @@ pub struct Trainer<D: Device> {
     /// Updates skipped because loss or gradient were not finite.
     pub skipped: u64,
     tokens: Vec<u32>,
-    pace: Pace,
+    launch_bound: LaunchBound,
     holds: bool,
     cancellation: Cancellation,
 }
@@ -117,12 +117,13 @@ impl<D: Device> Trainer<D> {
         let held_out = if config.data.validation.is_some() { 0.0 } else { config.data.validation_fraction };
         let seed = config.data.shuffle.then_some(config.train.seed);
         let (windows, _) = Windows::split(&shard, config.data.max_length, seed, held_out)?;
-        let share = Share::new(&config, collective.rank(), collective.world_size())?;
+        let micro_batches = MicroBatches::new(&config, collective.rank(), collective.world_size())?;
         let sharded = config.train.optimizer == OptimizerChoice::AdamZero;
         let phases = config.phases();
         let step = config.model.warmed_up_steps.unwrap_or(0);
         // What other processes wait for must not be held back.
-        let pace = Pace::new(if collective.world_size() == 1 { config.train.cuda_graphs } else { Some(false) });
+        let launch_bound =
+            LaunchBound::new(if collective.world_size() == 1 { config.train.cuda_graphs } else { Some(false) });
         let mut trainer = Trainer {
             config,
             phases,
@@ -131,13 +132,13 @@ impl<D: Device> Trainer<D> {
             shard,
             windows,
             collective,
-            share,
+            micro_batches,
             step,
             cycle: 0,
             cycle_start: 0,
             skipped: 0,
             tokens: Vec::new(),
-            pace,
+            launch_bound,
             holds: false,
             cancellation: Cancellation::new(),
         };
@@ -146,7 +147,7 @@ impl<D: Device> Trainer<D> {
         trainer.model.set_trainable(|_| true);
         trainer.model.set_mixed_precision(trainer.config.train.mixed_precision == MixedPrecision::Bf16);
         trainer.model.set_activation_checkpointing(trainer.config.train.activation_checkpointing);
-        trainer.model.set_gradient_accumulation(share.passes > 1);
+        trainer.model.set_gradient_accumulation(micro_batches.passes > 1);
         Ok(trainer)
     }
 
@@ -186,7 +187,7 @@ impl<D: Device> Trainer<D> {
     /// before, the data go on after the tokens that it has seen, whatever its batch size was.
     fn first_sample(&self) -> u64 {
         let before = &self.config.model;
-        let total = self.share.total as u64;
+        let total = self.batches.total as u64;
         let steps = before.warmed_up_steps.unwrap_or(0);
         let seen = match before.warmed_up_tokens {
             Some(tokens) => tokens.div_ceil(self.config.data.max_length as u64),
@@ -226,7 +227,7 @@ impl<D: Device> Trainer<D> {
             }
         }
         let store = self.config.frozen_store();
-        if store != Store::F32 {
+        if store != StorageFormat::F32 {
             self.model.store_projections(store);
         }
     }
@@ -307,13 +308,13 @@ impl<D: Device> Trainer<D> {
     /// One update: forward and backward over the batch, clipping, AdamW.
     pub fn update(&mut self) -> Result<Update> {
         let began = Instant::now();
-        self.holds = self.pace.host_is_slow() && self.model.device().begin_capture();
+        self.holds = self.launch_bound.is_launch_bound() && self.model.device().begin_capture();
         let update = self.update_at_once_or_held();
         if self.holds {
             self.model.device().end_capture();
         }
         if let Ok(Update { host_wait, .. }) = &update {
-            self.pace.count(*host_wait, began.elapsed());
+            self.launch_bound.count(*host_wait, began.elapsed());
         }
         update
     }
@@ -374,26 +375,26 @@ impl<D: Device> Trainer<D> {
     /// Forward and backward over the update's batch: the gradients of all processes together are with the parameters, and
     /// measured.
     fn gradients(&mut self, max_norm: f64) -> Result<D::StepStats> {
-        let (share, len) = (self.share, self.config.data.max_length);
+        let (batches, len) = (self.micro_batches, self.config.data.max_length);
         let seed = mix(self.config.train.seed ^ mix(self.step));
         let collective = self.collective.clone();
         let alone = collective.world_size() == 1;
         let mut stats = self.model.device().step_stats();
         let mut buckets = Buckets::new(&*collective, BUCKET);
-        for pass in 0..share.passes {
-            let window = share.first + pass * share.batch;
+        for pass in 0..batches.passes {
+            let window = batches.first + pass * batches.batch;
             self.model.set_dropout_key(seed, window);
             self.tokens.clear();
             let sample = self.first_sample() + window as u64;
-            self.windows.read(&self.shard, sample, share.batch, &mut self.tokens)?;
-            let scale = share.batch as f32 / share.total as f32;
-            let last = pass + 1 == share.passes && !alone;
+            self.windows.read(&self.shard, sample, batches.batch, &mut self.tokens)?;
+            let scale = batches.batch as f32 / batches.total as f32;
+            let last = pass + 1 == batches.passes && !alone;
             let mut ready = |device: &D, params: &mut [_], places: &[usize]| {
                 if last {
                     buckets.take(device, params, places);
                 }
             };
-            self.model.forward_backward_then(&self.tokens, share.batch, len, scale, &mut stats, &mut ready)?;
+            self.model.forward_backward_then(&self.tokens, batches.batch, len, scale, &mut stats, &mut ready)?;
             self.model.device().flush();
         }
         if !alone {

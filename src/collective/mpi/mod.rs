@@ -9,7 +9,7 @@ mod gpus;
 #[cfg(feature = "cuda")]
 pub use gpus::MpiOnGpus;
 
-use super::{Collective, InJob, Job, Line, OnEnding, Pending, Ranks, rendezvous};
+use super::{Collective, ControlChannel, InJob, Job, OnEnding, Pending, Ranks, rendezvous};
 use crate::{
     error::{Error, Result},
     ops::Device,
@@ -80,7 +80,7 @@ impl Mpi {
     }
 
     /// Opens a line to rank 0, whose address MPI carries.
-    pub(super) fn meet(&self, ranks: &Ranks, limit: Duration, on_ending: OnEnding) -> Result<Line> {
+    pub(super) fn meet(&self, ranks: &Ranks, limit: Duration, on_ending: OnEnding) -> Result<ControlChannel> {
         const LONGEST: usize = 4096;
         let (mut said, mut listener) = (vec![0u8; LONGEST], None);
         if ranks.is_leader() {

@@ -9,7 +9,7 @@ mod read;
 use super::{schedule::Scheduler, tokens::TokenCount};
 use crate::{
     error::{Error, Result},
-    model::{LoraSpec, ProductChoice, Store},
+    model::{LoraSpec, ProductChoice, StorageFormat},
     ops::Quantisation,
 };
 use serde::{Deserialize, Serialize};
@@ -384,18 +384,18 @@ impl From<&ReloraConfig> for LoraSpec {
 
 impl Config {
     /// What the projections may be while they are frozen.
-    pub fn frozen_store(&self) -> Store {
+    pub fn frozen_store(&self) -> StorageFormat {
         match self.relora.as_ref().and_then(|r| Some((r.quantize?, r.use_double_quant))) {
-            Some((Quantize::FourBit, double)) => Store::Quantised(Quantisation::Nf4 { double }),
-            Some((Quantize::EightBit, _)) => Store::Quantised(Quantisation::Int8),
-            None if self.train.mixed_precision == MixedPrecision::Bf16 => Store::Bf16,
-            None => Store::F32,
+            Some((Quantize::FourBit, double)) => StorageFormat::Quantised(Quantisation::Nf4 { double }),
+            Some((Quantize::EightBit, _)) => StorageFormat::Quantised(Quantisation::Int8),
+            None if self.train.mixed_precision == MixedPrecision::Bf16 => StorageFormat::Bf16,
+            None => StorageFormat::F32,
         }
     }
 
     /// Whether what a restart merges into is rounded.
     pub fn rounds_merges(&self) -> bool {
-        self.train.dtype == WeightDtype::Bf16 || self.frozen_store() != Store::F32
+        self.train.dtype == WeightDtype::Bf16 || self.frozen_store() != StorageFormat::F32
     }
 
     /// The file that a run keeps.

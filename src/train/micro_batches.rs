@@ -1,36 +1,36 @@
-//! How the processes of a job share out the windows of an update.
+//! Micro-batches per process: how the sequences of an update are sharded over the processes of a job.
 
 use super::config::Config;
 use crate::error::{Error, Result};
 
-/// One process's windows of every update: a stretch of the order that all of them follow, so that their number changes nothing
-/// about the data.
+/// One process's sequences of every update: a contiguous range of the update's batch, so that the number of processes does not
+/// change which sequences an update sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Share {
-    /// Windows of an update, over all processes.
+pub(super) struct MicroBatches {
+    /// Sequences of an update, over all processes.
     pub total: usize,
-    /// Those before the first of this process.
+    /// Index of this process's first sequence within the update.
     pub first: usize,
-    /// Windows of one pass: `train.batch_size` at most.
+    /// Sequences of one micro-batch: at most `train.batch_size`.
     pub batch: usize,
-    /// Passes of an update.
+    /// Gradient accumulation steps of this process per update.
     pub passes: usize,
 }
 
-impl Share {
-    /// The share of process `rank` of `world_size`.
-    pub fn new(config: &Config, rank: usize, world_size: usize) -> Result<Share> {
+impl MicroBatches {
+    /// The micro-batches of process `rank` of `world_size`. An error if the update's sequences cannot be divided evenly.
+    pub fn new(config: &Config, rank: usize, world_size: usize) -> Result<MicroBatches> {
         let (most, accumulation) = (config.train.batch_size, config.train.gradient_accumulation);
         let total = most * accumulation;
         if !total.is_multiple_of(world_size) {
             return Err(Error::request(format!(
-                "an update has {total} windows (train.batch_size {most} x gradient_accumulation {accumulation}), which {world_size} processes cannot share evenly"
+                "an update has {total} sequences (train.batch_size {most} x gradient_accumulation {accumulation}), which {world_size} processes cannot divide evenly"
             ))
             .help(format!("make train.total_batch_size a multiple of {world_size}")));
         }
         let own = total / world_size;
         let batch = (1..=own.min(most)).rev().find(|batch| own.is_multiple_of(*batch)).unwrap_or(1);
-        Ok(Share { total, first: rank * own, batch, passes: own / batch })
+        Ok(MicroBatches { total, first: rank * own, batch, passes: own / batch })
     }
 }
 
@@ -49,11 +49,11 @@ mod tests {
             );
             let config = Config::parse(&text, Path::new("test.toml"), &[]).unwrap();
             let total = batch_size * accumulation;
-            let alone = Share { total, first: 0, batch: batch_size, passes: accumulation };
-            assert_eq!(Share::new(&config, 0, 1).unwrap(), alone);
+            let alone = MicroBatches { total, first: 0, batch: batch_size, passes: accumulation };
+            assert_eq!(MicroBatches::new(&config, 0, 1).unwrap(), alone);
             for world_size in 2..=total {
-                let shares: Result<Vec<Share>> =
-                    (0..world_size).map(|rank| Share::new(&config, rank, world_size)).collect();
+                let shares: Result<Vec<MicroBatches>> =
+                    (0..world_size).map(|rank| MicroBatches::new(&config, rank, world_size)).collect();
                 let Ok(shares) = shares else {
                     assert!(total % world_size > 0);
                     continue;

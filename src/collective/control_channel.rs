@@ -1,5 +1,5 @@
-//! A line of TCP from every process to rank 0: small messages, and word of a process that is gone, also while the others wait in a
-//! collective of another library.
+//! TCP control channel between every process and rank 0: small messages, heartbeats, and propagation of a peer's failure, which
+//! reaches the other processes even while they wait inside a collective of another library.
 
 use super::wire::{LARGEST, Message};
 use crate::error::{Error, Result};
@@ -15,9 +15,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The time between two signs of life.
+/// The time between two heartbeats.
 const PING: Duration = Duration::from_secs(2);
-/// After so long without any, a process counts as gone.
+/// A peer that sends no heartbeat for this long counts as failed.
 pub(super) const SILENCE: Duration = Duration::from_secs(30);
 /// How long a process that fails waits for rank 0 to say so.
 const TELLING: Duration = Duration::from_secs(3);
@@ -35,8 +35,8 @@ pub struct Ending {
 /// reaches them.
 pub type OnEnding = Arc<dyn Fn(Ending) + Send + Sync>;
 
-/// The open line.
-pub struct Line(Arc<Inner>);
+/// The open control channel of one process.
+pub struct ControlChannel(Arc<Inner>);
 
 struct Inner {
     rank: usize,
@@ -64,7 +64,7 @@ struct Inbox {
     ended: bool,
 }
 
-impl Line {
+impl ControlChannel {
     /// Opens it, over connections to these ranks. After `silence` without a word, one counts as gone.
     pub(super) fn start(
         rank: usize,
@@ -72,7 +72,7 @@ impl Line {
         streams: Vec<(usize, TcpStream)>,
         silence: Duration,
         on_ending: OnEnding,
-    ) -> Result<Line> {
+    ) -> Result<ControlChannel> {
         let failed = |e: io::Error| Error::environment(format!("cannot keep a line between the ranks: {e}"));
         let (mut peers, mut readers) = (Vec::new(), Vec::new());
         for (rank, stream) in streams {
@@ -116,7 +116,7 @@ impl Line {
             }
         };
         spawn("ping".into(), Box::new(ping))?;
-        Ok(Line(line))
+        Ok(ControlChannel(line))
     }
 
     /// A process in words: `rank 2 (node1)`.
@@ -199,7 +199,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for ControlChannel {
     fn drop(&mut self) {
         // Whoever drops it without a word has failed: the others see the line break.
         self.0.ending.store(true, Ordering::SeqCst);
@@ -315,7 +315,7 @@ pub(super) mod tests {
     }
 
     /// All ranks of a job, in one process.
-    fn job(size: usize) -> Vec<(Line, Receiver<Ending>)> {
+    fn job(size: usize) -> Vec<(ControlChannel, Receiver<Ending>)> {
         let listener = rendezvous::listen("127.0.0.1", 0).unwrap();
         let port = listener.local_addr().unwrap().port();
         let members: Vec<_> = (1..size)
@@ -413,7 +413,7 @@ pub(super) mod tests {
         let (stream, _) = listener.accept().unwrap();
         let (on_ending, endings) = endings();
         let hosts = vec!["a".into(), "b".into()];
-        let _line = Line::start(0, hosts, vec![(1, stream)], Duration::from_millis(300), on_ending).unwrap();
+        let _line = ControlChannel::start(0, hosts, vec![(1, stream)], Duration::from_millis(300), on_ending).unwrap();
         let message = heard(&endings).error.message;
         assert!(message.starts_with("rank 1 (b) is gone: nothing was heard of it"), "{message}");
         drop(silent);

@@ -1,4 +1,5 @@
-//! Whether all processes of a job train the same thing: compared before the first update and after every restart.
+//! Replica consistency: all processes of a job must have the same configuration, data and weights. Checked before the first update
+//! and after every restart.
 
 use crate::{
     collective::Collective,

@@ -1,5 +1,5 @@
-//! The tokenizer's files: kept in the run directory from its start, and copied into every checkpoint, which is then whole
-//! without the folder that they came from.
+//! Sidecar files of a checkpoint (tokenizer, generation settings): copied into the run directory when the run begins, and from
+//! there into every checkpoint, so that each checkpoint is complete without the folder that they came from.
 
 use super::{config::Config, tokens::TokenShard};
 use crate::{
