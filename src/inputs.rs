@@ -141,7 +141,9 @@ struct Entry {
 }
 
 /// All that are mapped now, and the first that was found changed when its mapping ended.
-static WATCHED: Mutex<(Vec<Arc<Entry>>, Option<(PathBuf, Error)>)> = Mutex::new((Vec::new(), None));
+static WATCHED: Mutex<Watch> = Mutex::new((Vec::new(), None));
+
+type Watch = (Vec<Arc<Entry>>, Option<(PathBuf, Error)>);
 
 impl Watched {
     /// Remembers what `file` is like now.

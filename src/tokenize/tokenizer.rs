@@ -200,7 +200,11 @@ impl SpecialTokens {
             text(&config[name]).or_else(|| text(&map[name]))
         };
         let (add_bos, add_eos) = (&config["add_bos_token"], &config["add_eos_token"]);
-        let around = (!add_bos.is_null() || !add_eos.is_null()).then_some((*add_bos == true, *add_eos == true));
+        // transformers drops both flags where a tokenizer.json is loaded by its general class: the file's own template counts.
+        let general =
+            ["PreTrainedTokenizerFast", "TokenizersBackend"].iter().any(|class| config["tokenizer_class"] == *class);
+        let given = !general && (!add_bos.is_null() || !add_eos.is_null());
+        let around = given.then_some((*add_bos == true, *add_eos == true));
         Ok(SpecialTokens { bos: token("bos_token"), eos: token("eos_token"), around })
     }
 
@@ -345,6 +349,12 @@ mod tests {
             (template.clone(), json!({"eos_token": end, "bos_token": end, "add_bos_token": true}), around(&[0], &[])),
             (template.clone(), json!({"eos_token": end, "add_bos_token": false}), around(&[], &[])),
             (template.clone(), json!({"eos_token": {"content": end}, "add_eos_token": true}), around(&[], &[0])),
+            // The general class does not look at it.
+            (
+                template.clone(),
+                json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "add_bos_token": true}),
+                around(&[72], &[]),
+            ),
             // A token without a name is left out.
             (template, json!({"eos_token": end, "add_bos_token": true}), around(&[], &[])),
         ] {

@@ -187,7 +187,7 @@ impl<D: Device> Trainer<D> {
     /// before, the data go on after the tokens that it has seen, whatever its batch size was.
     fn first_sample(&self) -> u64 {
         let before = &self.config.model;
-        let total = self.batches.total as u64;
+        let total = self.micro_batches.total as u64;
         let steps = before.warmed_up_steps.unwrap_or(0);
         let seen = match before.warmed_up_tokens {
             Some(tokens) => tokens.div_ceil(self.config.data.max_length as u64),
