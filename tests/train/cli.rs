@@ -210,7 +210,7 @@ fn bad_requests_are_refused_before_anything_is_written() {
         ("data.train=model.json", "is not a token shard"),
         ("data.max_length=128", "max_position_embeddings 64"),
         ("data.validation_fraction=0.9999", "expected at least one window"),
-        ("model.overrides.vocab_size=100", "vocabulary of 257 ids, the model one of 100"),
+        ("model.overrides.vocab_size=100", "the model's vocabulary has 100 ids"),
         ("model.overrides.colour=1", "overrides.colour is no key"),
         ("model.overrides.hidden_size=15", "15"),
         ("relora.lora_r=100", "more than the model's hidden_size 16"),
