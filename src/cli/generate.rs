@@ -43,7 +43,7 @@ pub struct Args {
     /// Seed of the draw
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Leave out the special tokens that the tokenizer puts around a text, such as <s> in front of it
+    /// Leave out the special tokens that the tokenizer puts around a text, such as `<s>` in front of it
     #[arg(long)]
     no_special_tokens: bool,
     /// Print one JSON object at the end: prompt, prompt_tokens, text, tokens, finish

@@ -30,7 +30,7 @@ pub struct Args {
     /// Token after each document [default: eos_token of the tokenizer_config.json, or a common name]
     #[arg(long, value_name = "TOKEN")]
     end_of_document: Option<String>,
-    /// Put the tokenizer's special tokens around each document, such as <s> in front, as transformers does
+    /// Put the tokenizer's special tokens around each document, such as `<s>` in front, as transformers does
     #[arg(long)]
     add_special_tokens: bool,
     /// Field of JSON records, or column of a table, that holds the text

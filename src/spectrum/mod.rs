@@ -1,6 +1,6 @@
 //! Singular values of weight updates, what they say about rank, and what rounding alone could have faked.
 //!
-//! [`run`] opens the sources, checks that they fit, chooses the matrices, computes their singular values (largest
+//! `run` opens the sources, checks that they fit, chooses the matrices, computes their singular values (largest
 //! matrices first, one per thread) and judges the gates. With a [part](Options::part) it measures one part of the
 //! matrices of a job array, and [`join`] makes the whole of all parts.
 
@@ -75,7 +75,7 @@ pub struct Options {
     pub part: Option<ArrayTask>,
 }
 
-/// The result of [`run`](run); its serialisation is the JSON of the command.
+/// The result of `run`; its serialisation is the JSON of the command.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spectrum {
     /// Version of this layout.

@@ -19,7 +19,7 @@ pub struct Layout {
     pub separator: Option<String>,
     /// What every file holds; by default its name and its first bytes tell.
     pub content: Option<Content>,
-    /// Bytes that a document or record of text may have; [`MAX_DOCUMENT`] if that is more.
+    /// Bytes that a document or record of text may have; `MAX_DOCUMENT` if that is more.
     pub max_document: u64,
 }
 

@@ -1,6 +1,6 @@
 //! The types of adapters, one file each: which tensors a module has, what they must be, and the update they make.
 //!
-//! A new type is a file here with an [`AdapterType`], a line in [`TYPES`], and a fixture.
+//! A new type is a file here with an [`AdapterType`], a line in `TYPES`, and a fixture.
 
 mod adalora;
 mod beft;

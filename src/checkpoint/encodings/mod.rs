@@ -1,6 +1,6 @@
 //! Weights that are stored encoded: packed or narrow values beside scales, as quantisation leaves them.
 //!
-//! Each encoding is one file with a `find` function, registered in [`ENCODINGS`]. It recognises its tensors from
+//! Each encoding is one file with a `find` function, registered in `ENCODINGS`. It recognises its tensors from
 //! `quantization_config` and from their names and shapes, checks them, and decodes rows of the plain weight in f32
 //! arithmetic, which is what defines each format. Nothing is decoded before rows are read.
 
