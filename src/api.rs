@@ -223,7 +223,7 @@ pub fn train(
     set: &[&str],
     output: impl AsRef<Path>,
     progress: &Progress,
-) -> Result<crate::train::session::Summary> {
+) -> Result<crate::train::summary::Summary> {
     use crate::{collective::Alone, ops::Cpu, train::config::Config, train::session::Session};
     let set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
     let config = Config::read(config.as_ref(), &set)?;
@@ -236,7 +236,7 @@ pub fn train(
 ///
 /// The call fails if the folder is no run directory, or if the data or a file of the run changed since.
 #[cfg(feature = "train")]
-pub fn resume(run: impl AsRef<Path>, progress: &Progress) -> Result<crate::train::session::Summary> {
+pub fn resume(run: impl AsRef<Path>, progress: &Progress) -> Result<crate::train::summary::Summary> {
     use crate::{collective::Alone, ops::Cpu, train::session::Session};
     Session::resume(Cpu, run.as_ref(), &(std::sync::Arc::new(Alone) as _), progress)?.run()
 }

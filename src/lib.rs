@@ -169,5 +169,5 @@ pub use merge::{MergeReport, Options as MergeOptions};
 pub use progress::{Cancellation, Progress};
 pub use spectrum::{Options as SpectrumOptions, Spectrum};
 #[cfg(feature = "train")]
-pub use train::session::Summary as TrainSummary;
+pub use train::summary::Summary as TrainSummary;
 pub use verify::Verification;

@@ -17,7 +17,8 @@ use crate::{
     train::{
         config::Config,
         plan::{Plan, plan},
-        session::{Session, Summary},
+        session::Session,
+        summary::Summary,
     },
 };
 use std::{

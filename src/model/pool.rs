@@ -1,4 +1,4 @@
-//! Buffers that nobody uses at the moment. While the backward goes down the blocks, what forward kept for one block makes
+//! Free list of activation buffers. While the backward goes down the blocks, what forward kept for one block makes
 //! room for the gradients of the next.
 
 use crate::ops::{Device, Element};

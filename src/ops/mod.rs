@@ -276,7 +276,7 @@ pub trait Device: Send + Sync {
     fn pack_step_stats(&self, stats: &Self::StepStats, signal: f32, place: usize, shares: &mut Self::Buffer);
     /// Replaces the stats's loss and signals by those of all processes together.
     fn reduce_step_stats(&self, shares: &Self::Buffer, stats: &mut Self::StepStats);
-    /// The stats's numbers: waits for everything that was asked for, and fails if some of it did.
+    /// Reads the statistics back: waits for everything that was enqueued, and fails if any of it failed.
     fn read_step_stats(&self, stats: &Self::StepStats) -> Result<StepStats>;
 
     /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the stats's factor, and moments `m`,

@@ -3,7 +3,7 @@
 use super::{Report, table::Table, units::bytes};
 use crate::{
     ops::OperationTime,
-    train::{config::Mode, evaluate::Evaluation, plan::Plan, session::Summary},
+    train::{config::Mode, evaluate::Evaluation, plan::Plan, summary::Summary},
 };
 use std::time::Duration;
 

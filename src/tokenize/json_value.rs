@@ -221,7 +221,7 @@ impl Parser<'_> {
         Ok(Some(plain.into()))
     }
 
-    /// The number of `\uXXXX`.
+    /// The code unit of a `\u` escape with its four hexadecimal digits.
     fn unit(&mut self) -> Result<u32, Fault> {
         let digits = self.bytes.get(self.at + 2..self.at + 6);
         let digits = digits.filter(|d| d.iter().all(u8::is_ascii_hexdigit)).and_then(|d| std::str::from_utf8(d).ok());

@@ -4,6 +4,7 @@
 
 mod bin_layout;
 mod buckets;
+mod checkpoints;
 pub mod config;
 pub mod evaluate;
 mod inputs;
@@ -22,6 +23,7 @@ mod run_lock;
 pub mod schedule;
 pub mod session;
 pub mod state;
+pub mod summary;
 pub mod tensorboard;
 pub mod tokens;
 pub mod trainer;

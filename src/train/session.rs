@@ -1,6 +1,7 @@
 //! A run on disk: create or resume the folder, train, save, evaluate, restart, finish.
 
 use super::{
+    checkpoints::{self, agreed_checkpoint},
     config::{Config, MixedPrecision, Mode, WeightRounding},
     evaluate::{Evaluation, evaluate},
     inputs::{check_validation, hash_data, initial_model, open_validation, resolve_warm_up},
@@ -9,6 +10,7 @@ use super::{
     replica_consistency,
     run_lock::RunLock,
     sidecar_files, state,
+    summary::{Summary, peak_memory},
     tokens::{TokenShard, Windows},
     trainer::{Trainer, Update, UpdateOutcome},
 };
@@ -22,63 +24,17 @@ use crate::{
     inputs::Inputs,
     interrupt,
     model::{Model, StorageFormat},
-    ops::{Device, OperationTime},
+    ops::Device,
     progress::Progress,
     run::{BaseRecord, CheckpointRecord, CycleRecord, Hashed, Manifest, RunDir, sha256_folder},
     staged::{self, Holds, StagedDir, Target},
 };
-use serde::Serialize;
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
-
-/// What a finished run has to say.
-#[derive(Debug, Serialize)]
-pub struct Summary {
-    /// The run directory.
-    #[serde(serialize_with = "crate::escape::lossy")]
-    pub run: PathBuf,
-    /// `full`, `lora` or `relora`.
-    pub mode: Mode,
-    /// Updates made.
-    pub steps: u64,
-    /// Cycles merged.
-    pub cycles: u64,
-    /// Tokens seen.
-    pub tokens: u64,
-    /// Mean training loss of the last tenth of the updates of this process; none where it made none.
-    pub loss: Option<f64>,
-    /// On the held-out windows, if there are any.
-    pub evaluation: Option<Evaluation>,
-    /// Seconds of this process.
-    pub seconds: f64,
-    /// Training tokens per second of all processes together since they began, evaluations and saving left out.
-    pub tokens_per_s: Option<f64>,
-    /// Processes that trained together.
-    pub world_size: usize,
-    /// Updates skipped because loss or gradient were not finite.
-    pub skipped: u64,
-    /// The final checkpoint.
-    #[serde(serialize_with = "crate::escape::lossy")]
-    pub checkpoint: PathBuf,
-    /// Bytes of memory at the peak of this process (Linux).
-    pub peak_memory: Option<u64>,
-    /// Bytes of the device's memory in use at the peak, where that is not the process's own.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device_peak_memory: Option<u64>,
-    /// On a GPU: the share of the training's time in which the host waited for it. Near 0, the GPU waits for the host.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub host_wait: Option<f64>,
-    /// Whether passes were asked for as CUDA graphs in the end.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub cuda_graphs: bool,
-    /// Where the time went, if that was asked for.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub operations: Vec<OperationTime>,
-}
 
 /// A run in progress. Several processes may train it together: the first of them writes the files and reports; the others see the
 /// run directory in the same place, and only read it.
@@ -534,7 +490,7 @@ impl<D: Device> Session<D> {
         if keep == 0 {
             return Ok(());
         }
-        let steps = checkpoint_steps(&self.dir)?;
+        let steps = checkpoints::steps(&self.dir)?;
         for step in steps.into_iter().filter(|&s| s <= self.trainer.step).skip(keep) {
             let old = self.dir.0.join(RunDir::checkpoint_folder(step));
             fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
@@ -619,26 +575,6 @@ impl<D: Device> Session<D> {
     }
 }
 
-/// `VmHWM` of this process.
-fn peak_memory() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?)
-}
-
-/// Updates after which checkpoints were saved, newest first.
-fn checkpoint_steps(dir: &RunDir) -> Result<Vec<u64>> {
-    let folder = dir.0.join("checkpoints");
-    let entries = match fs::read_dir(&folder) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(|e| Error::io("read", &folder, e))?,
-    };
-    let step = |name: &str| name.strip_prefix("step-")?.parse().ok();
-    let mut steps: Vec<u64> = entries.filter_map(|entry| step(entry.ok()?.file_name().to_str()?)).collect();
-    steps.sort_unstable_by(|a, b| b.cmp(a));
-    Ok(steps)
-}
-
 /// Seed and mode are in the manifest of every run, of old ones too.
 fn check_seed_and_mode(config: &Config, manifest: &Manifest) -> Result<()> {
     let pairs = [
@@ -651,47 +587,6 @@ fn check_seed_and_mode(config: &Config, manifest: &Manifest) -> Result<()> {
             "{key} was {began} when the run began and is {now} in its config.toml: that would be another run"
         ))
         .help(format!("write {began} again, or start a new run"))),
-    }
-}
-
-/// The checkpoint that all processes go on from: the first one's choice.
-fn agreed_checkpoint<D: Device>(
-    dir: &RunDir,
-    collective: &dyn Collective<D>,
-    progress: &Progress,
-) -> Result<Option<PathBuf>> {
-    let own = if collective.is_leader() { newest_sound_checkpoint(dir, progress)? } else { None };
-    let name = own.as_deref().and_then(Path::file_name).unwrap_or_default();
-    let name = collective.gather(name.as_encoded_bytes())?.swap_remove(0);
-    if name.is_empty() || own.is_some() {
-        return Ok(own);
-    }
-    let folder = dir.0.join("checkpoints").join(String::from_utf8_lossy(&name).as_ref());
-    match folder.is_dir() {
-        true => Ok(Some(folder)),
-        false => Err(Error::request(format!("rank 0 goes on from '{}', which is not there here", folder.display()))
-            .help("keep the run directory where all machines see it under the same path")),
-    }
-}
-
-/// The newest checkpoint whose files have the hashes they were written with; `None` if none was ever saved.
-fn newest_sound_checkpoint(dir: &RunDir, progress: &Progress) -> Result<Option<PathBuf>> {
-    let steps = checkpoint_steps(dir)?;
-    for step in &steps {
-        let folder = dir.0.join(RunDir::checkpoint_folder(*step));
-        match state::check_seal(&folder) {
-            Ok(()) => return Ok(Some(folder)),
-            Err(e) => progress.warn(&format!("{e}; trying the checkpoint before it")),
-        }
-    }
-    match steps.is_empty() {
-        true => Ok(None),
-        false => Err(Error::request(format!(
-            "none of the {} checkpoints of run '{}' is sound",
-            steps.len(),
-            dir.0.display()
-        ))
-        .help("restore one from a backup, or remove run/checkpoints to begin the run again")),
     }
 }
 

@@ -90,7 +90,7 @@ fn refuse_links(run: &Path, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Files that nobody vouches for are loaded like the others: an index or a second file of weights changes the model.
+/// Files that the manifest does not list are loaded like the others: an index or a second file of weights changes the model.
 fn expect_no_others(
     run: &Path,
     folder: &Path,

@@ -87,7 +87,7 @@ pub fn seeds(entry_point: &str) -> Vec<(String, Vec<u8>)> {
 fn made_run() -> &'static Path {
     static RUN: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     RUN.get_or_init(|| {
-        // Statics are not dropped: where the build keeps its own temporary files, it is in nobody's way.
+        // Statics are not dropped: where the build keeps its own temporary files, it disturbs nothing.
         let place = option_env!("CARGO_TARGET_TMPDIR").map_or_else(std::env::temp_dir, PathBuf::from);
         let folder = tempfile::tempdir_in(place).unwrap().keep();
         synthetic_run::write_run(&folder, synthetic_run::Spec { cycles: 1, ..synthetic_run::Spec::default() })

@@ -10,13 +10,7 @@ use relora_kit::{
     ops::{Cpu, Cuda, Device},
     progress::Progress,
     run::RunDir,
-    train::{
-        architecture,
-        config::Config,
-        session::{Session, Summary},
-        tokens::TokenShard,
-        trainer::Trainer,
-    },
+    train::{architecture, config::Config, session::Session, summary::Summary, tokens::TokenShard, trainer::Trainer},
 };
 use std::{
     fs,

@@ -60,7 +60,7 @@ fn a_circle_is_found_in_every_form() {
         let files = [("room", "mod a;\nmod b;\npub use b::{B, A};\n"), ("room/a", a), b, ("room/c", "")];
         assert_eq!(circles_of(&files), ["room/a room/b"], "{a}");
     }
-    // By way of a third file; and the vocabulary of `mod.rs`, which counts for nobody.
+    // By way of a third file; and the vocabulary of `mod.rs`, which does not count.
     assert_eq!(circles_of(&[("x", "use crate::y::Y;"), ("y", "use crate::z;"), ("z", "use super::x;")]), ["x y z"]);
     assert!(circles_of(&[("room", "mod a;\nuse a::A;\nstruct S;"), ("room/a", "use super::S;")]).is_empty());
     assert!(circles_of(&[("a", "use crate::b::B;"), ("b", "use std::a::A;")]).is_empty());

@@ -34,7 +34,7 @@ pub enum Origin {
     Manifest,
     /// `--roundings`
     Option,
-    /// Nobody: one rounding is assumed. Gates on the noise edge are refused.
+    /// Unknown: one rounding is assumed. Gates on the noise edge are refused.
     Assumed,
 }
 
