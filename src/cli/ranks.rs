@@ -25,7 +25,8 @@ pub(super) fn run(
     let Some(job) = join(after, progress)? else { return work(None, progress) };
     // The others must hear of it before this one ends.
     let _deferred = interrupt::defer(false);
-    let shown = if job.is_leader() { progress.clone() } else { Progress::hidden() };
+    let shown =
+        if job.is_leader() { progress.clone() } else { Progress::hidden().with_cancellation(progress.cancellation()) };
     let error = match work(Some(&job), &shown).and_then(|outcome| job.finish().map(|()| outcome)) {
         Ok(outcome) => return Ok(outcome),
         Err(e) => e,

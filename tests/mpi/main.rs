@@ -220,7 +220,7 @@ fn processes_that_differ_are_refused_by_name_before_anything_is_written() {
     let own = args(&["data.train=/proc/self/cwd/tokens.safetensors"]);
     refused(&own, &own, &["rank 1 (", "has other train data than rank 0"]);
     let three = args(&["train.batch_size=3", "train.gradient_accumulation=1"]);
-    refused(&three, &three, &["3 windows", "2 processes cannot share"]);
+    refused(&three, &three, &["3 sequences", "2 processes cannot divide"]);
 }
 
 #[test]
