@@ -1,9 +1,9 @@
 //! The CPU: buffers are vectors, loops run on rayon's threads, products in OpenBLAS.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, PACKED_STATS, Pruning, Quantisation,
-    Quantised, RopeShape, Rounding, StepStats, adamw, attention, cross_entropy, dropout, elementwise, embedding,
-    matmul, prune, quantise, rms_norm, rope, round, swiglu,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, LaunchQueue, Mat, MatMut, PACKED_STATS, Pruning,
+    Quantisation, Quantised, RopeShape, Rounding, StepStats, adamw, attention, cross_entropy, dropout, elementwise,
+    embedding, matmul, prune, quantise, rms_norm, rope, round, swiglu,
 };
 use crate::error::Result;
 use std::borrow::Cow;
@@ -12,6 +12,16 @@ use std::borrow::Cow;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu;
 
+impl LaunchQueue for Cpu {
+    fn begin_capture(&self) -> bool {
+        false
+    }
+
+    fn flush(&self) {}
+
+    fn end_capture(&self) {}
+}
+
 impl Device for Cpu {
     type Buffer = Vec<f32>;
     type Tokens = Vec<u32>;
@@ -19,6 +29,10 @@ impl Device for Cpu {
     type StepStats = StepStats;
 
     fn zeros_of(&self, _element: Element, len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
+
+    fn zeros(&self, len: usize) -> Vec<f32> {
         vec![0.0; len]
     }
 
@@ -40,6 +54,10 @@ impl Device for Cpu {
 
     fn len(&self, buffer: &Vec<f32>) -> usize {
         buffer.len()
+    }
+
+    fn width(&self, _element: Element) -> usize {
+        size_of::<f32>()
     }
 
     fn capacity(&self, buffer: &Vec<f32>) -> usize {
@@ -68,6 +86,16 @@ impl Device for Cpu {
         let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
         Some(1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?)
     }
+
+    fn reserve(&self, bytes: u64) -> bool {
+        self.free_memory().is_none_or(|free| bytes <= free)
+    }
+
+    fn peak_memory(&self) -> Option<u64> {
+        None
+    }
+
+    fn allow_tf32(&self, _allow: bool) {}
 
     fn overhead(&self, _shape: &AttentionShape, _element: Element) -> u64 {
         // Code, thread stacks, the buffers of the BLAS library, text being read. Measured.

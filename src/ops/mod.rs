@@ -66,8 +66,21 @@ pub enum Element {
     Bf16,
 }
 
-/// Where buffers live and operations run.
-pub trait Device: Send + Sync {
+/// How operations reach the device: one by one, or deferred and replayed as CUDA graphs. Either way they run in the order of
+/// enqueueing, also those of other threads that share the device.
+pub trait LaunchQueue {
+    /// Begins deferring operations, so that sequences that come again can be captured as a graph and replayed; false if this device
+    /// submits every operation at once.
+    fn begin_capture(&self) -> bool;
+    /// Submits all deferred operations, and goes on deferring. Reading a value does so, too.
+    fn flush(&self);
+    /// Submits all deferred operations, and defers no more.
+    fn end_capture(&self);
+}
+
+/// Where buffers live and operations run. No method has a default, here or in [`LaunchQueue`]: a device that wraps another one
+/// cannot forget to forward it.
+pub trait Device: LaunchQueue + Send + Sync {
     /// Elements on the device: f32 but for activations, their gradients, and weights that products read, which may be bf16.
     type Buffer: Send + Sync + 'static;
     /// u32 elements on the device: token ids.
@@ -80,9 +93,7 @@ pub trait Device: Send + Sync {
     /// A new buffer of zeros.
     fn zeros_of(&self, element: Element, len: usize) -> Self::Buffer;
     /// A new buffer of f32 zeros.
-    fn zeros(&self, len: usize) -> Self::Buffer {
-        self.zeros_of(Element::F32, len)
-    }
+    fn zeros(&self, len: usize) -> Self::Buffer;
     /// A new f32 buffer with these values.
     fn upload(&self, values: &[f32]) -> Self::Buffer;
     /// Replaces the whole buffer, rounding to the nearest where it is bf16.
@@ -90,49 +101,32 @@ pub trait Device: Send + Sync {
     /// The whole buffer.
     fn read(&self, buffer: &Self::Buffer) -> Vec<f32>;
     /// The whole buffer, without a copy where the device's memory is the host's.
-    fn view<'a>(&self, buffer: &'a Self::Buffer) -> Cow<'a, [f32]> {
-        Cow::Owned(self.read(buffer))
-    }
+    fn view<'a>(&self, buffer: &'a Self::Buffer) -> Cow<'a, [f32]>;
     /// Elements of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
     /// Bytes that an element takes here.
-    fn width(&self, _element: Element) -> usize {
-        size_of::<f32>()
-    }
-    /// Bytes that a buffer has room for.
+    fn width(&self, element: Element) -> usize;
+    /// The capacity of a buffer's memory in bytes.
     fn capacity(&self, buffer: &Self::Buffer) -> usize;
-    /// A number of its own for every buffer that is not empty: where it lies.
+    /// The address of a buffer, unique among buffers that are not empty.
     fn address(&self, buffer: &Self::Buffer) -> u64;
-    /// Makes another buffer of one that has the room, without another allocation. What it holds then is not defined.
+    /// Changes a buffer's elements and length without another allocation; its capacity must suffice. Its contents are unspecified
+    /// afterwards.
     fn resize_in_place(&self, buffer: &mut Self::Buffer, element: Element, len: usize);
     /// New token ids.
     fn upload_tokens(&self, tokens: &[u32]) -> Self::Tokens;
-    /// Waits for everything that was asked for; whether all of it succeeded.
+    /// Waits for everything that was enqueued; the error of the first operation that failed.
     fn status(&self) -> Result<()>;
     /// Bytes that buffers can still take, if that can be told.
     fn free_memory(&self) -> Option<u64>;
-    /// Gets so many bytes ready, where that is better done at once. Whether there are as many.
-    fn reserve(&self, bytes: u64) -> bool {
-        self.free_memory().is_none_or(|free| bytes <= free)
-    }
-    /// Holds back what is asked for from now on, so that much of it can be asked for at once and, where the same comes again and
-    /// again, for little ([`Device::flush`], [`Device::end_capture`]). What is done, and in which order, stays the same, also for other
-    /// threads that share the device. Whether this device does so.
-    fn begin_capture(&self) -> bool {
-        false
-    }
-    /// Asks for all that is held back, and goes on holding. Reading a value does so, too.
-    fn flush(&self) {}
-    /// As [`Device::flush`], and holds back no more.
-    fn end_capture(&self) {}
+    /// Reserves so many bytes in one piece, where the device allocates from a pool; false if it has not enough memory.
+    fn reserve(&self, bytes: u64) -> bool;
     /// Bytes that training takes besides its buffers: workspaces of operations, or the program itself, if it shares the memory.
     fn overhead(&self, shape: &AttentionShape, element: Element) -> u64;
     /// The most bytes that were in use at a time, where that is not the program's own memory.
-    fn peak_memory(&self) -> Option<u64> {
-        None
-    }
+    fn peak_memory(&self) -> Option<u64>;
     /// Whether products may round their factors to TF32 (10 bits) where that is faster. Not at first; most devices have none.
-    fn allow_tf32(&self, _allow: bool) {}
+    fn allow_tf32(&self, allow: bool);
 
     /// `x = value`.
     fn fill(&self, x: &mut Self::Buffer, value: f32);
@@ -265,21 +259,21 @@ pub trait Device: Send + Sync {
     /// Treats the moments m and v of one tensor as a restart does.
     fn prune(&self, how: Pruning, m: &mut Self::Buffer, v: &mut Self::Buffer);
 
-    /// A stats of nothing.
+    /// Step statistics that are all zero.
     fn step_stats(&self) -> Self::StepStats;
-    /// Adds `scale · sum losses`, in f64, to the stats's loss.
+    /// Adds `scale · sum losses`, in f64, to the statistics' loss.
     fn accumulate_losses(&self, scale: f64, losses: &Self::Buffer, stats: &mut Self::StepStats);
     /// Adds the squares of all elements of these buffers, in f64, and then clips: see [`StepStats::clip`].
     fn accumulate_and_clip(&self, gradients: &[&Self::Buffer], max_norm: f64, stats: &mut Self::StepStats);
     /// Puts this process's share of an update's numbers, the loss and a `signal`, in its `place` among those of all processes,
     /// [`PACKED_STATS`] elements each.
     fn pack_step_stats(&self, stats: &Self::StepStats, signal: f32, place: usize, shares: &mut Self::Buffer);
-    /// Replaces the stats's loss and signals by those of all processes together.
+    /// Replaces the statistics' loss and signals by those of all processes together.
     fn reduce_step_stats(&self, shares: &Self::Buffer, stats: &mut Self::StepStats);
-    /// Reads the statistics back: waits for everything that was enqueued, and fails if any of it failed.
+    /// The numbers on the host: waits for everything that was enqueued, and fails if some of it did.
     fn read_step_stats(&self, stats: &Self::StepStats) -> Result<StepStats>;
 
-    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the stats's factor, and moments `m`,
+    /// One decoupled-weight-decay Adam update of parameter `p` with gradient `g`, times the statistics' factor, and moments `m`,
     /// `v`. Nothing moves where the factor is NaN.
     fn adamw(
         &self,

@@ -2,8 +2,8 @@
 //! the host goes on is timed, too.
 
 use super::{
-    AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, Pruning, Quantisation, Quantised, RopeShape,
-    Rounding, StepStats,
+    AdamW, AttentionShape, Device, Dropout, Element, Factor, LaunchQueue, Mat, MatMut, Pruning, Quantisation,
+    Quantised, RopeShape, Rounding, StepStats,
 };
 use crate::error::Result;
 use serde::Serialize;
@@ -132,6 +132,21 @@ impl<D: Device> Profiled<D> {
     }
 }
 
+/// Never defers: an operation can be timed only once it has been submitted. The times are those of single launches, without graphs.
+impl<D: Device> LaunchQueue for Profiled<D> {
+    fn begin_capture(&self) -> bool {
+        false
+    }
+
+    fn flush(&self) {
+        self.device.flush();
+    }
+
+    fn end_capture(&self) {
+        self.device.end_capture();
+    }
+}
+
 impl<D: Device> Device for Profiled<D> {
     type Buffer = D::Buffer;
     type Tokens = D::Tokens;
@@ -141,6 +156,10 @@ impl<D: Device> Device for Profiled<D> {
     fn zeros_of(&self, element: Element, len: usize) -> D::Buffer {
         self.note_allocation(len);
         self.time("allocate", |d| d.zeros_of(element, len))
+    }
+
+    fn zeros(&self, len: usize) -> D::Buffer {
+        self.zeros_of(Element::F32, len)
     }
 
     fn upload(&self, values: &[f32]) -> D::Buffer {

@@ -196,7 +196,7 @@ fn a_lost_gpu_ends_the_run_and_it_resumes_anywhere() {
 #[test]
 fn out_of_memory_is_a_sentence() {
     let workshop = Workshop::new();
-    let parts = ["is out of memory", "MiB were asked for", "are free", "train.batch_size"];
+    let parts = ["is out of memory", "MiB were requested", "are free", "train.batch_size"];
     // Not even what cuBLAS wants for itself (8 MiB) fits, or not even the weights beside it: nothing is left behind.
     for memory in ["40000", "8430000"] {
         workshop.fails("none", &[], &[("CUDA_EMULATOR_MEMORY", memory)], &parts);

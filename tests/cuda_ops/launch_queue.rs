@@ -1,7 +1,7 @@
 //! Requests that are deferred: those that make no graph of each other, and other threads.
 
 use crate::common::cuda_emulator::open;
-use relora_kit::ops::{Device, Mat, MatMut};
+use relora_kit::ops::{Device, LaunchQueue, Mat, MatMut};
 use std::{
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},

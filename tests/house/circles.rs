@@ -17,7 +17,6 @@ const ALLOWED: &[&[&str]] = &[
     &["merge/apply", "merge/row_arithmetic"],
     &["merge/dtype_advice", "merge/result"],
     &["model/linear", "model/lora", "model/params", "model/product"],
-    &["ops/cuda/driver", "ops/cuda/memory", "ops/cuda/shelf"],
     &["tokenize/arrow", "tokenize/documents", "tokenize/json", "tokenize/parquet"],
 ];
 

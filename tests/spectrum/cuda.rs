@@ -169,7 +169,7 @@ fn a_gpu_that_is_lost_or_full_or_absent_is_a_sentence() {
         let part = "device 'cuda:0' (CUDA emulator) failed while it worked";
         workshop.fails(&[("CUDA_EMULATOR_LOSE_AFTER_CALLS", calls)], &[part]);
     }
-    workshop.fails(&[("CUDA_EMULATOR_MEMORY", "600000")], &["is out of memory", "MiB were asked for"]);
+    workshop.fails(&[("CUDA_EMULATOR_MEMORY", "600000")], &["is out of memory", "MiB were requested"]);
     // One matrix at a time fits, and the workspace in place of its panel.
     let args = [&PAIR[..], &["--device", "cuda"]].concat();
     let (code, _, stderr) = workshop.run(&args, &[("CUDA_EMULATOR_MEMORY", "1150000")]);

@@ -71,25 +71,25 @@ struct Place(DeviceSpan);
 // SAFETY: so many f32 lie there; whoever makes a place keeps them until MPI is done.
 unsafe impl Pointer for Place {
     fn pointer(&self) -> *const c_void {
-        self.0.address as *const c_void
+        self.0.address() as *const c_void
     }
 }
 
-// SAFETY: as above.
+// SAFETY: the f32 at this address are allocated until MPI is done, and nothing else uses them.
 unsafe impl PointerMut for Place {
     fn pointer_mut(&mut self) -> *mut c_void {
-        self.0.address as *mut c_void
+        self.0.address() as *mut c_void
     }
 }
 
-// SAFETY: as above.
+// SAFETY: so many f32 are allocated at the address.
 unsafe impl Collection for Place {
     fn count(&self) -> i32 {
-        self.0.len as i32
+        self.0.len() as i32
     }
 }
 
-// SAFETY: as above.
+// SAFETY: the elements are f32.
 unsafe impl AsDatatype for Place {
     type Out = <f32 as Equivalence>::Out;
 
@@ -98,38 +98,45 @@ unsafe impl AsDatatype for Place {
     }
 }
 
-// SAFETY: as above.
+// SAFETY: pointer, count and data type belong together.
 unsafe impl Buffer for Place {}
-// SAFETY: as above.
+// SAFETY: pointer, count and data type belong together.
 unsafe impl BufferMut for Place {}
 
 /// [`super::sum`], on the GPU.
-fn sum(
+///
+/// # Safety
+///
+/// `values` must be allocated, and used by nothing else until this returns.
+unsafe fn sum(
     world: &SimpleCommunicator,
     values: DeviceSpan,
     staging: &ReductionStaging,
     waiting: &AtomicUsize,
 ) -> Result<()> {
-    let (processes, room) = (world.size() as usize, staging.send_buffer().len);
-    for first in (0..values.len).step_by(room) {
-        let piece = values.part(first, (values.len - first).min(room));
-        let part = piece.len.div_ceil(processes);
+    let (processes, room) = (world.size() as usize, staging.send_buffer().len());
+    for first in (0..values.len()).step_by(room) {
+        let piece = values.part(first, (values.len() - first).min(room));
+        let part = piece.len().div_ceil(processes);
         // What is beyond the piece's end in the last part is carried along, and never copied back.
         let [out, back] = [staging.send_buffer(), staging.receive_buffer()].map(|all| all.part(0, part * processes));
-        staging.copy(piece, out.part(0, piece.len))?;
+        // SAFETY: the caller keeps `values` allocated and lets nothing else use it; the staging buffers live in `staging`.
+        unsafe { staging.copy(piece, out.part(0, piece.len())) }?;
         staging.synchronize()?;
         let (sent, mut arrived) = (Place(out), Place(back));
         mpi::request::scope(|scope| {
             complete(world.immediate_all_to_all_into(scope, &sent, &mut arrived), waiting);
         });
         let own = back.part(0, part);
-        (1..processes).for_each(|rank| staging.add(back.part(rank * part, part), own));
+        // SAFETY: the parts are disjoint, of the receive buffer, which MPI is done with; `synchronize` follows.
+        (1..processes).for_each(|rank| unsafe { staging.add(back.part(rank * part, part), own) });
         staging.synchronize()?;
         let (sent, mut arrived) = (Place(own), Place(out));
         mpi::request::scope(|scope| {
             complete(world.immediate_all_gather_into(scope, &sent, &mut arrived), waiting);
         });
-        staging.copy(out.part(0, piece.len), piece)?;
+        // SAFETY: the caller keeps `values` allocated and lets nothing else use it; the staging buffers live in `staging`.
+        unsafe { staging.copy(out.part(0, piece.len()), piece) }?;
     }
     staging.synchronize()
 }
@@ -147,7 +154,9 @@ impl<D: OnGpu> Collective<D> for MpiOnGpus {
         let sums = self.mpi.begin(move |world, waiting| {
             staging.wait_for_kernels(&kernels?)?;
             let mut spans = buffers.iter().map(|buffer| staging.span(buffer));
-            spans.try_for_each(|span| sum(world, span, &staging, waiting)).map(|()| buffers)
+            // SAFETY: `buffers` owns the elements, and the kernels are done with them.
+            let sums = spans.try_for_each(|span| unsafe { sum(world, span, &staging, waiting) });
+            sums.map(|()| buffers)
         });
         let waiting = self.mpi.waiting.clone();
         Box::new(move |_| wait_for(&sums, &waiting)?)
@@ -158,8 +167,8 @@ impl<D: OnGpu> Collective<D> for MpiOnGpus {
             (self.staging.record_kernels()?, self.staging.clone(), self.staging.span(buffer));
         self.mpi.ask(move |world, waiting| {
             staging.wait_for_kernels(&kernels)?;
-            for first in (0..span.len).step_by(BROADCAST) {
-                let mut piece = Place(span.part(first, (span.len - first).min(BROADCAST)));
+            for first in (0..span.len()).step_by(BROADCAST) {
+                let mut piece = Place(span.part(first, (span.len() - first).min(BROADCAST)));
                 mpi::request::scope(|scope| {
                     let root = world.process_at_rank(root as i32);
                     complete(root.immediate_broadcast_into(scope, &mut piece), waiting);

@@ -121,7 +121,7 @@ impl Cuda {
         self.launch(kernel_kv, grid(kv_heads), shared_bytes(tile, head_dim, 4, 2), &args);
         let args: Vec<Arg> = inputs().into_iter().chain([(&q.memory).into()]).collect();
         self.launch(kernel_q, grid(heads), shared_bytes(tile, head_dim, 4, 1), &args);
-        // Copied, not exchanged: buffers that keep their memory are the same in every pass ([`super::launch_queue`]).
+        // Copied, not swapped: buffers that keep their memory are the same in every pass ([`super::launch_queue`]).
         for (gradient, x) in [(&dk, k), (&dv, v)] {
             self.convert((gradient.address(), x.element), (x.address(0), x.element), x.len);
         }

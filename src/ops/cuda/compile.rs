@@ -73,7 +73,7 @@ pub struct Kernels(HashMap<String, driver::CUfunction>);
 
 // SAFETY: the handles are the driver's, which may be used from any thread.
 unsafe impl Send for Kernels {}
-// SAFETY: as above.
+// SAFETY: the handles are only read.
 unsafe impl Sync for Kernels {}
 
 impl Kernels {
@@ -137,7 +137,7 @@ impl Compiler {
             .help("update the NVIDIA driver, or install the CUDA libraries of its own major version"));
         }
         let mut count = 0;
-        // SAFETY: as above; then the list has as many places as NVRTC said.
+        // SAFETY: the pointer is to a variable of the type that NVRTC writes; the list has as many elements as NVRTC said.
         let known = unsafe {
             check("nvrtcGetNumSupportedArchs", nvrtc::nvrtcGetNumSupportedArchs(&mut count))?;
             let mut known = vec![0; count.max(0) as usize];

@@ -12,12 +12,12 @@ use super::{
 use crate::{
     error::Result,
     ops::{
-        AdamW, AttentionShape, Device, Dropout, Element, Factor, Mat, MatMut, PACKED_STATS, Pruning, Quantisation,
-        Quantised, RopeShape, Rounding, StepStats, prune,
+        AdamW, AttentionShape, Device, Dropout, Element, Factor, LaunchQueue, Mat, MatMut, PACKED_STATS, Pruning,
+        Quantisation, Quantised, RopeShape, Rounding, StepStats, prune,
     },
 };
 use half::bf16;
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 /// Rows that one thread adds up in the gradient of a norm's weight: `ROWS` of rms_norm.cu.
 const NORM_ROWS: usize = 64;
@@ -68,6 +68,20 @@ fn dropout_args(dropout: Dropout, n: usize, from: &CudaBuffer, to: &CudaBuffer) 
     [from.into(), to.into(), n.into(), first.into(), dropout.key.into(), threshold.into(), factor.into()]
 }
 
+impl LaunchQueue for Cuda {
+    fn begin_capture(&self) -> bool {
+        self.begin_deferring()
+    }
+
+    fn flush(&self) {
+        self.flush_queue();
+    }
+
+    fn end_capture(&self) {
+        self.end_deferring();
+    }
+}
+
 impl Device for Cuda {
     type Buffer = CudaBuffer;
     type Tokens = CudaTokens;
@@ -79,6 +93,10 @@ impl Device for Cuda {
         let memory = self.allocate_bytes(width(element) * len);
         self.fill_words(&memory, 0);
         CudaBuffer { memory, element, len }
+    }
+
+    fn zeros(&self, len: usize) -> CudaBuffer {
+        self.zeros_of(Element::F32, len)
     }
 
     fn upload(&self, values: &[f32]) -> CudaBuffer {
@@ -108,6 +126,10 @@ impl Device for Cuda {
             }
         });
         values.unwrap_or_else(|| vec![f32::NAN; buffer.len])
+    }
+
+    fn view<'a>(&self, buffer: &'a CudaBuffer) -> Cow<'a, [f32]> {
+        Cow::Owned(self.read(buffer))
     }
 
     fn len(&self, buffer: &CudaBuffer) -> usize {
@@ -155,18 +177,6 @@ impl Device for Cuda {
         // Token ids sorted for the embedding, parts of sums, what the pool loses between buffers, and what cuBLAS has.
         let others = 16 * (shape.batch * shape.len) as u64 + (8 << 20) + workspace_bytes(self.0.gpu.capability) as u64;
         self.attention_workspace(shape, element) + others
-    }
-
-    fn begin_capture(&self) -> bool {
-        self.begin_deferring()
-    }
-
-    fn flush(&self) {
-        self.flush_queue();
-    }
-
-    fn end_capture(&self) {
-        self.end_deferring();
     }
 
     fn peak_memory(&self) -> Option<u64> {

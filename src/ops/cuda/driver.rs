@@ -1,16 +1,9 @@
-//! The calls into the driver: one GPU, its primary context, one stream. Everything runs on the one stream, so that operations
-//! happen in the order in which they were asked for.
+//! One GPU through CUDA's driver API: its primary context, and one stream on which everything runs in the order of enqueueing.
 
-use super::{
-    memory::{Pool, Staging},
-    shelf::Shelf,
-};
+use super::caching_allocator::CachingAllocator;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
-use std::{
-    ffi::{CStr, c_char, c_int},
-    sync::Mutex,
-};
+use std::ffi::{CStr, c_char, c_int};
 
 /// A GPU, ready to work.
 pub struct Gpu {
@@ -25,14 +18,12 @@ pub struct Gpu {
     handle: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    pool: Pool,
-    pub(super) staging: Mutex<Staging>,
-    pub(super) shelf: Mutex<Shelf>,
+    allocator: CachingAllocator,
 }
 
 // SAFETY: the handles are the driver's, which may be used from any thread; each use first makes the context current.
 unsafe impl Send for Gpu {}
-// SAFETY: as above.
+// SAFETY: the driver synchronises calls from several threads; each use first makes the context current.
 unsafe impl Sync for Gpu {}
 
 /// The oldest driver: the first with every function that is called, and with which the libraries of CUDA 12 work.
@@ -93,7 +84,7 @@ impl Gpu {
                 return Err(unavailable("its driver has no memory pools (some virtual GPUs)".into())
                     .help("use a GPU of its own, or pass --device cpu"));
             }
-            let pool = Pool::create(ordinal).map_err(|error| {
+            let allocator = CachingAllocator::create(ordinal).map_err(|error| {
                 unavailable(format!("cuMemPoolCreate failed with {}", describe(error)))
                     .help("check the driver with nvidia-smi, or pass --device cpu")
             })?;
@@ -105,9 +96,7 @@ impl Gpu {
                 handle,
                 context,
                 stream,
-                pool,
-                staging: Mutex::default(),
-                shelf: Mutex::default(),
+                allocator,
             })
         }
     }
@@ -146,18 +135,18 @@ impl Gpu {
         )
     }
 
-    /// Where its memory comes from.
-    pub(super) fn pool(&self) -> &Pool {
-        &self.pool
+    /// Its memory.
+    pub(super) fn allocator(&self) -> &CachingAllocator {
+        &self.allocator
     }
 
-    /// Waits for all that was asked for.
+    /// Waits for everything that was enqueued on the stream.
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
-        let mut staging = self.staging();
+        let mut staging = self.allocator.staging();
         // SAFETY: the stream lives as long as `self`.
         self.check("waiting for the GPU", unsafe { sys::cuStreamSynchronize(self.stream) })?;
-        staging.arrived();
+        staging.idle();
         Ok(())
     }
 }
@@ -165,15 +154,14 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         if self.enter().is_ok() {
-            // Every buffer holds the GPU, so nothing uses pool, stream and context any more.
             let _ = self.synchronize();
-            self.staging().free();
-            let _ = self.clear_shelf();
-            self.pool.destroy();
-            // SAFETY: as above.
-            unsafe { sys::cuStreamDestroy_v2(self.stream) };
+            // SAFETY: every buffer owns a reference to the GPU, so nothing uses allocator and stream any more; the stream is idle.
+            unsafe {
+                self.allocator.destroy(self.stream);
+                sys::cuStreamDestroy_v2(self.stream);
+            }
         }
-        // SAFETY: as above.
+        // SAFETY: it was retained in `open`, and every buffer owns a reference to the GPU, so nothing uses it any more.
         unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.handle) };
     }
 }

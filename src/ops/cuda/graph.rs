@@ -1,4 +1,4 @@
-//! Many requests as one: a graph of CUDA's, which the driver prepares once and starts as a whole.
+//! CUDA graphs: a sequence of operations that the driver captures and instantiates once, and launches as a whole.
 
 use super::{
     Cuda, THREADS,
@@ -12,30 +12,30 @@ use std::{
     sync::Arc,
 };
 
-/// A graph that can be started.
+/// An instantiated graph.
 pub(super) struct Graph {
     gpu: Arc<Gpu>,
     graph: CUgraph,
     ready: CUgraphExec,
-    /// Of every request that is a kernel.
+    /// The node of each operation; `None` unless it is a kernel.
     nodes: Vec<Option<CUgraphNode>>,
 }
 
-// SAFETY: the handles are the driver's, which may be used from any thread, by one at a time: they are behind a mutex.
+// SAFETY: the handles may be used from any thread, by one at a time: they are behind the launch queue's mutex.
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Of these requests, one after the other. Nothing is done yet. The stream notes what it is asked for instead of doing it;
-    /// cuBLAS has memory of its own for that (`Blas::own_workspace`), since it must not ask the driver for some.
-    pub fn new(cuda: &Cuda, requests: &[StreamOp]) -> Result<Graph> {
+    /// Captures these operations, one after the other; none of them runs. cuBLAS has its own workspace (`Blas::own_workspace`),
+    /// since it may not allocate while the stream captures.
+    pub fn new(cuda: &Cuda, ops: &[StreamOp]) -> Result<Graph> {
         let gpu = &cuda.0.gpu;
         gpu.enter()?;
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
         gpu.check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(gpu.stream(), mode) })?;
-        let nodes: Result<Vec<Option<CUgraphNode>>> = requests.iter().map(|request| note(cuda, request)).collect();
+        let nodes: Result<Vec<Option<CUgraphNode>>> = ops.iter().map(|op| capture(cuda, op)).collect();
         let (mut graph, mut ready) = (null_mut(), null_mut());
-        // SAFETY: the pointer is to a variable of the type that the driver writes. Notes end whether they were good or not.
+        // SAFETY: the pointer is to a variable of the type that the driver writes. Capture must end even if recording failed.
         let ended = unsafe { sys::cuStreamEndCapture(gpu.stream(), &mut graph) };
         let result = nodes.and_then(|nodes| {
             gpu.check("cuStreamEndCapture", ended)?;
@@ -47,7 +47,7 @@ impl Graph {
             Ok(nodes) => Ok(Graph { gpu: gpu.clone(), graph, ready, nodes }),
             Err(error) => {
                 if !graph.is_null() {
-                    // SAFETY: nobody else has it.
+                    // SAFETY: this is its only owner.
                     unsafe { sys::cuGraphDestroy(graph) };
                 }
                 Err(error)
@@ -55,8 +55,8 @@ impl Graph {
         }
     }
 
-    /// Gives the kernel of request number `at` these arguments and this grid, from the next start on.
-    pub fn change(&self, cuda: &Cuda, at: usize, launch: &KernelLaunch) -> Result<()> {
+    /// Sets arguments and grid of the kernel with index `at`, from the next launch of the graph on.
+    pub fn set_launch(&self, cuda: &Cuda, at: usize, launch: &KernelLaunch) -> Result<()> {
         let node = self.nodes[at].expect("a kernel has a node");
         let (mut pointers, [x, y, z]) = (launch.pointers(), launch.grid);
         let parameters = sys::CUDA_KERNEL_NODE_PARAMS {
@@ -76,28 +76,28 @@ impl Graph {
         self.gpu.enter()?;
         // SAFETY: the node is this graph's and of the same kernel; the driver copies the arguments.
         let result = unsafe { sys::cuGraphExecKernelNodeSetParams_v2(self.ready, node, &parameters) };
-        self.gpu.check(&format!("other arguments for kernel {}", launch.kernel), result)
+        self.gpu.check(&format!("new arguments for kernel {}", launch.kernel), result)
     }
 
-    /// Asks the stream for all of it.
-    pub fn start(&self) -> Result<()> {
+    /// Enqueues the whole graph on the stream.
+    pub fn launch(&self) -> Result<()> {
         self.gpu.enter()?;
-        // SAFETY: both live; what lies at the addresses is what the requests expect.
+        // SAFETY: both live; the caching allocator keeps the addresses that the operations use.
         self.gpu.check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.ready, self.gpu.stream()) })
     }
 }
 
-/// Lets the stream note a request; the node, if it is a kernel.
-fn note(cuda: &Cuda, request: &StreamOp) -> Result<Option<CUgraphNode>> {
-    cuda.submit(request)?;
-    if !matches!(request, StreamOp::Kernel(_)) {
+/// Captures an operation, and returns its node if it is a kernel.
+fn capture(cuda: &Cuda, op: &StreamOp) -> Result<Option<CUgraphNode>> {
+    cuda.submit(op)?;
+    if !matches!(op, StreamOp::Kernel(_)) {
         return Ok(None);
     }
     let (mut status, mut last, mut count) = (CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, ptr::null(), 0);
     let mut edges = ptr::null();
     let gpu = &cuda.0.gpu;
     // SAFETY: the pointers are to variables of the types that the driver writes; what it points them to is read before
-    // anything else is asked of the stream.
+    // anything else is enqueued.
     unsafe {
         let (number, graph) = (null_mut(), null_mut());
         let stream = gpu.stream();
@@ -106,7 +106,7 @@ fn note(cuda: &Cuda, request: &StreamOp) -> Result<Option<CUgraphNode>> {
         gpu.check("cuStreamGetCaptureInfo", result)?;
         let active = status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE;
         if !active || count != 1 {
-            return Err(gpu.failed("a stream that takes notes does not end with the kernel it was asked for"));
+            return Err(gpu.failed("stream capture recorded unexpected dependencies"));
         }
         Ok(Some(*last))
     }
@@ -114,9 +114,9 @@ fn note(cuda: &Cuda, request: &StreamOp) -> Result<Option<CUgraphNode>> {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // It may be at work still.
+        // The GPU may still run it.
         if self.gpu.synchronize().is_ok() {
-            // SAFETY: nobody else has them.
+            // SAFETY: this is their only owner, and the stream is idle.
             unsafe {
                 sys::cuGraphExecDestroy(self.ready);
                 sys::cuGraphDestroy(self.graph);

@@ -1,6 +1,6 @@
 //! NVIDIA GPUs: the same operations as kernels of CUDA C++ (`*.cu`, beside the CPU's code of the same operation) and as
 //! products in cuBLAS. Nothing of CUDA is needed to build or to start the program: its libraries are loaded when a GPU is
-//! asked for, and the kernels are compiled for the GPU at hand.
+//! opened, and the kernels are compiled for the GPU at hand.
 //!
 //! All work is on one stream and in order ([`stream_op`], [`launch_queue`]); the host waits only where a number or a buffer is read.
 //! After the first failure nothing more is done: it is remembered for [`super::Device::status`], and what is read is NaN.
@@ -8,6 +8,7 @@
 mod attention;
 mod blas;
 mod buffer;
+mod caching_allocator;
 mod compile;
 mod device;
 mod driver;
@@ -19,7 +20,6 @@ mod nccl;
 mod products;
 mod quantise;
 mod reduction_staging;
-mod shelf;
 mod solver;
 mod stream;
 mod stream_op;
@@ -32,7 +32,7 @@ use blas::{Blas, Product};
 use buffer::CudaBuffer;
 use compile::Kernels;
 use driver::Gpu;
-use launch_queue::LaunchQueue;
+use launch_queue::DeferredOps;
 use memory::Memory;
 use std::{
     path::PathBuf,
@@ -72,7 +72,7 @@ struct Inner {
     kernels: Kernels,
     blas: Blas,
     failure: Mutex<Option<Error>>,
-    queue: Mutex<LaunchQueue>,
+    queue: Mutex<DeferredOps>,
     /// Numbers that quantised weights may be, once they are needed.
     tables: OnceLock<CudaBuffer>,
 }
@@ -119,7 +119,7 @@ impl Cuda {
         &self.0.gpu.bus_id
     }
 
-    /// Runs `work`, unless something failed before; its failure is remembered.
+    /// Runs `work`, guarded by the sticky error: nothing runs after the first failure, which is remembered.
     fn guarded<T>(&self, work: impl FnOnce(&Arc<Gpu>) -> Result<T>) -> Option<T> {
         let mut failure = self.0.failure.lock().unwrap_or_else(PoisonError::into_inner);
         if failure.is_some() {
@@ -132,7 +132,7 @@ impl Cuda {
         self.0.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// f32 or u32 elements with anything in them; none, if there is no memory for them.
+    /// A block for `len` f32 or u32 elements, with unspecified contents; an empty one after a failure, as for want of memory.
     fn allocate(&self, len: usize) -> Memory {
         self.allocate_bytes(4 * len)
     }
@@ -142,10 +142,10 @@ impl Cuda {
         self.memory(bytes.next_multiple_of(4), false)
     }
 
-    /// Memory with these values, which nothing has used since it was taken.
+    /// A new block with these values.
     fn uploaded<T: bytemuck::Pod>(&self, values: &[T]) -> Memory {
         let mut memory = self.memory(size_of_val(values).next_multiple_of(4), true);
-        // Comes before all that is held back, none of which uses it.
+        // Precedes all deferred operations, none of which uses it.
         self.guarded(|_| memory.write(values));
         memory
     }
@@ -194,7 +194,7 @@ impl Cuda {
         self.enqueue(StreamOp::Product(product));
     }
 
-    /// Starts a kernel on `grid` blocks, with `shared` bytes of shared memory of its own choice.
+    /// Enqueues a kernel on `grid` blocks, with `shared` bytes of dynamic shared memory.
     fn launch(&self, kernel: &'static str, grid: [u32; 3], shared: u32, args: &[Arg]) {
         if !grid.contains(&0) {
             self.enqueue(StreamOp::Kernel(KernelLaunch { kernel, grid, shared, args: args.to_vec() }));

@@ -174,7 +174,7 @@ impl Communicator {
     fn on_own_stream(&self, work: impl FnOnce(Comm) -> Result<()>) -> Result<Event> {
         self.gpu.enter()?;
         let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
-        Event::record(&self.gpu, self.gpu.stream())?.delay(self.stream.handle())?;
+        Event::record(&self.gpu, self.gpu.stream())?.make_wait(self.stream.handle())?;
         work(comm.0)?;
         Event::record(&self.gpu, self.stream.handle())
     }
@@ -197,7 +197,7 @@ impl Sum {
     /// What the GPU is asked for from now on waits for the sum; the host does not.
     pub fn wait(self, cuda: &Cuda) {
         if let Some(done) = self.0 {
-            cuda.guarded(|gpu| done.delay(gpu.stream()));
+            cuda.guarded(|gpu| done.make_wait(gpu.stream()));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What a GPU does for sums whose values another library carries from process to process, by their addresses on the GPU:
-//! room for what goes out and comes in, and adding up. On a stream beside that of the kernels, which go on.
+//! Staging and on-device reduction for CUDA-aware MPI: a send and a receive buffer on the GPU, whose addresses MPI takes, and the
+//! additions. They run on a stream of their own, beside that of the kernels.
 
 use super::{
     Cuda, blocks,
@@ -9,19 +9,32 @@ use super::{
     stream::{Event, Stream},
     stream_op::KernelLaunch,
 };
-use crate::error::Result;
+use crate::{error::Result, ops::Element};
 use cudarc::driver::sys;
 
-/// f32 elements on a GPU.
+/// f32 elements on a GPU: an address and a length. It does not keep the memory allocated.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceSpan {
-    /// Of the first, as the GPU counts.
-    pub address: u64,
-    /// How many.
-    pub len: usize,
+    address: u64,
+    len: usize,
 }
 
 impl DeviceSpan {
+    /// The device address of the first element.
+    pub fn address(self) -> u64 {
+        self.address
+    }
+
+    /// The number of elements.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
     /// `len` elements from element `first` on.
     pub fn part(self, first: usize, len: usize) -> DeviceSpan {
         assert!(first + len <= self.len, "elements {first} to {} of {}", first + len, self.len);
@@ -29,7 +42,7 @@ impl DeviceSpan {
     }
 }
 
-/// Two pieces of memory, and a stream.
+/// A send and a receive buffer on the GPU, and a stream.
 pub struct ReductionStaging {
     cuda: Cuda,
     stream: Stream,
@@ -37,11 +50,11 @@ pub struct ReductionStaging {
     receive: Memory,
 }
 
-/// All that the kernels' stream was asked for until it was made.
+/// Everything that was enqueued on the kernels' stream until [`ReductionStaging::record_kernels`].
 pub struct KernelsDone(Event);
 
 impl ReductionStaging {
-    /// With room for so many elements in each direction.
+    /// Buffers of so many f32 elements in each direction. Fails if the GPU has not enough memory.
     pub fn new(cuda: &Cuda, elements: usize) -> Result<ReductionStaging> {
         let gpu = &cuda.0.gpu;
         libraries::check_events(&gpu.name)?;
@@ -49,59 +62,68 @@ impl ReductionStaging {
         Ok(ReductionStaging { cuda: cuda.clone(), stream: Stream::new(gpu)?, send: memory()?, receive: memory()? })
     }
 
-    /// What goes out.
+    /// The buffer that MPI sends from.
     pub fn send_buffer(&self) -> DeviceSpan {
         DeviceSpan { address: self.send.address(), len: self.send.bytes() / 4 }
     }
 
-    /// What comes back.
+    /// The buffer that MPI receives into.
     pub fn receive_buffer(&self) -> DeviceSpan {
         DeviceSpan { address: self.receive.address(), len: self.receive.bytes() / 4 }
     }
 
-    /// Where a buffer of f32 lies.
+    /// The elements of an f32 buffer.
     pub fn span(&self, buffer: &CudaBuffer) -> DeviceSpan {
+        assert_eq!(buffer.element, Element::F32, "span: elements");
         DeviceSpan { address: buffer.address(0), len: buffer.len }
     }
 
-    /// What has to be done before buffers can be read.
+    /// Flushes the launch queue, and records what has to be done before buffers can be read.
     pub fn record_kernels(&self) -> Result<KernelsDone> {
         let event = self.cuda.after_flush(|gpu| Event::record(gpu, gpu.stream()));
         event.map(KernelsDone).ok_or_else(|| self.cuda.first_failure().expect("what failed is remembered"))
     }
 
-    /// The host waits for the kernels.
+    /// Waits on the host for the kernels.
     pub fn wait_for_kernels(&self, kernels: &KernelsDone) -> Result<()> {
         kernels.0.wait()
     }
 
-    /// The host waits for all that [`ReductionStaging::copy`] and [`ReductionStaging::add`] do.
+    /// Waits on the host for every [`ReductionStaging::copy`] and [`ReductionStaging::add`].
     pub fn synchronize(&self) -> Result<()> {
         self.cuda.first_failure().map_or(Ok(()), Err)?;
         self.stream.synchronize()
     }
 
-    /// `to = from`, of one length.
-    pub fn copy(&self, from: DeviceSpan, to: DeviceSpan) -> Result<()> {
+    /// Enqueues `to = from`; both have the same length.
+    ///
+    /// # Safety
+    ///
+    /// Both spans must be allocated, without overlap, and used by nothing else until [`ReductionStaging::synchronize`] returns.
+    pub unsafe fn copy(&self, from: DeviceSpan, to: DeviceSpan) -> Result<()> {
         assert_eq!(from.len, to.len, "copy: lengths");
         if from.len == 0 {
             return Ok(());
         }
         let gpu = &self.cuda.0.gpu;
         gpu.enter()?;
-        // SAFETY: spans lie in memory that lives as long as the sum; what else uses it has been waited for.
+        // SAFETY: the memory is the caller's promise; the stream lives.
         let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.address, from.address, 4 * from.len, self.stream.handle()) };
         gpu.check("copying on the GPU", result)
     }
 
-    /// `to += from`, of one length.
-    pub fn add(&self, from: DeviceSpan, to: DeviceSpan) {
+    /// Enqueues `to += from`; both have the same length.
+    ///
+    /// # Safety
+    ///
+    /// Both spans must be allocated, without overlap, and used by nothing else until [`ReductionStaging::synchronize`] returns.
+    pub unsafe fn add(&self, from: DeviceSpan, to: DeviceSpan) {
         assert_eq!(from.len, to.len, "add: lengths");
         let args = [1f32.into(), from.address.into(), to.address.into(), from.len.into()];
         if from.len > 0 {
             let launch =
                 KernelLaunch { kernel: "axpy", grid: [blocks(from.len), 1, 1], shared: 0, args: args.to_vec() };
-            self.cuda.guarded(|_| self.cuda.start(self.stream.handle(), &launch));
+            self.cuda.guarded(|_| self.cuda.launch_on(self.stream.handle(), &launch));
         }
     }
 }

@@ -75,7 +75,7 @@ impl Solver {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // SAFETY: the handle is open, and nobody else has it.
+        // SAFETY: the handle is open, and this is its only owner.
         unsafe { cusolver::cusolverDnDestroy(self.0) };
     }
 }
@@ -176,7 +176,7 @@ impl GpuGram<'_> {
         check(gpu, "cusolverDnDsyevd_bufferSize", status)?;
         let work = Memory::new(gpu, 8 * size.max(1) as usize)?;
         let info = Memory::new(gpu, 4)?;
-        // SAFETY: as above; the workspace has the size that was asked for, and info is one integer.
+        // SAFETY: the matrix is n x n, values has n elements, the workspace has the size that cuSOLVER returned, and info is one integer.
         let status = unsafe {
             let (work, info) = (work.address() as *mut f64, info.address() as *mut c_int);
             cusolver::cusolverDnDsyevd(handle.0, none, fill, n, matrix, n, sorted, work, size, info)

@@ -1,11 +1,11 @@
-//! Streams beside that of the kernels, and events: what waits for what.
+//! Additional streams, and events that order work between streams.
 
 use super::driver::Gpu;
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUevent, CUstream};
 use std::{ptr::null_mut, sync::Arc};
 
-/// A stream of one's own.
+/// A stream beside that of the kernels.
 pub(super) struct Stream {
     gpu: Arc<Gpu>,
     handle: CUstream,
@@ -13,7 +13,7 @@ pub(super) struct Stream {
 
 // SAFETY: the stream is the driver's, which may be used from any thread.
 unsafe impl Send for Stream {}
-// SAFETY: as above.
+// SAFETY: the driver synchronises calls on one stream from several threads.
 unsafe impl Sync for Stream {}
 
 impl Stream {
@@ -29,7 +29,7 @@ impl Stream {
         self.handle
     }
 
-    /// The host waits for all that it was asked for.
+    /// Waits on the host for everything enqueued on the stream.
     pub fn synchronize(&self) -> Result<()> {
         self.gpu.enter()?;
         // SAFETY: the stream lives.
@@ -40,13 +40,13 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.gpu.enter().is_ok() {
-            // SAFETY: nobody else has it.
+            // SAFETY: this is its only owner.
             unsafe { sys::cuStreamDestroy_v2(self.handle) };
         }
     }
 }
 
-/// Something that a stream or the host has to wait for.
+/// A point in a stream's work that another stream or the host can wait for.
 pub(super) struct Event {
     gpu: Arc<Gpu>,
     handle: CUevent,
@@ -56,7 +56,7 @@ pub(super) struct Event {
 unsafe impl Send for Event {}
 
 impl Event {
-    /// Comes when all that `stream` has been asked for is done.
+    /// Records an event that occurs once everything enqueued on `stream` is done.
     pub fn record(gpu: &Arc<Gpu>, stream: CUstream) -> Result<Event> {
         gpu.enter()?;
         let mut handle = null_mut();
@@ -68,14 +68,14 @@ impl Event {
         Ok(event)
     }
 
-    /// Lets `stream` wait for it.
-    pub fn delay(&self, stream: CUstream) -> Result<()> {
+    /// Makes later work on `stream` wait for the event.
+    pub fn make_wait(&self, stream: CUstream) -> Result<()> {
         self.gpu.enter()?;
         // SAFETY: both live.
         self.gpu.check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(stream, self.handle, 0) })
     }
 
-    /// The host waits for it.
+    /// Waits on the host for the event.
     pub fn wait(&self) -> Result<()> {
         self.gpu.enter()?;
         // SAFETY: it lives.
@@ -86,7 +86,7 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         if self.gpu.enter().is_ok() {
-            // SAFETY: nobody else has it; streams that wait for it go on waiting.
+            // SAFETY: this is its only owner; streams that wait for it go on waiting.
             unsafe { sys::cuEventDestroy_v2(self.handle) };
         }
     }

@@ -1,16 +1,17 @@
-//! What the stream of the kernels is asked for, as values: asked for at once, or held back and recognised ([`super::launch_queue`]).
+//! Operations of the kernels' stream as values: submitted at once, or deferred and recognised ([`super::launch_queue`]).
 
 use super::{Cuda, THREADS, blas::Product, memory::Memory};
 use crate::error::Result;
 use cudarc::driver::sys;
 use std::ffi::c_void;
 
-/// One thing for the GPU to do. It says all that decides about it, so equal requests do the same to what lies at their addresses.
+/// One operation on the stream, with everything that determines its effect: equal operations do the same to the memory at their
+/// addresses.
 #[derive(Clone, PartialEq)]
 pub(super) enum StreamOp {
     Kernel(KernelLaunch),
     Product(Product),
-    /// Every one of `words` times 4 bytes becomes `value`.
+    /// Sets each of `words` 32-bit words to `value`.
     Fill {
         address: u64,
         value: u32,
@@ -23,17 +24,17 @@ pub(super) enum StreamOp {
     },
 }
 
-/// A kernel and what it is given.
+/// A kernel launch: kernel, grid and arguments.
 #[derive(Clone, PartialEq)]
 pub(super) struct KernelLaunch {
     pub kernel: &'static str,
     pub grid: [u32; 3],
-    /// Bytes of shared memory of the launch's own choice.
+    /// Dynamic shared memory in bytes.
     pub shared: u32,
     pub args: Vec<Arg>,
 }
 
-/// An argument of a kernel. Numbers are their bits, so that equal ones are the same.
+/// An argument of a kernel. Floats are their bits, so that equality is exact.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Arg {
     Word(u32),
@@ -102,14 +103,14 @@ impl From<&Memory> for Arg {
 }
 
 impl KernelLaunch {
-    /// Its arguments as the driver takes them.
+    /// Pointers to the arguments, as the driver takes them.
     pub fn pointers(&self) -> Vec<*mut c_void> {
         self.args.iter().map(Arg::pointer).collect()
     }
 }
 
 impl StreamOp {
-    /// Whether a graph of the other can be made one of this: kernels may be given other arguments, all else is fixed.
+    /// Whether a graph of the other operation can replay this one: a kernel's launch can be replaced, all else is fixed.
     pub fn is_like(&self, other: &StreamOp) -> bool {
         match (self, other) {
             (StreamOp::Kernel(one), StreamOp::Kernel(other)) => one.kernel == other.kernel,
@@ -119,24 +120,27 @@ impl StreamOp {
 }
 
 impl Cuda {
-    /// Asks the stream for it.
-    pub(super) fn submit(&self, request: &StreamOp) -> Result<()> {
+    /// Submits an operation to the stream.
+    pub(super) fn submit(&self, op: &StreamOp) -> Result<()> {
         let gpu = &self.0.gpu;
-        match request {
-            StreamOp::Kernel(launch) => self.start(gpu.stream(), launch),
+        match op {
+            StreamOp::Kernel(launch) => self.launch_on(gpu.stream(), launch),
             StreamOp::Product(product) => self.0.blas.multiply(gpu, product),
-            StreamOp::Fill { address, value, words } => gpu.fill(*address, *value, *words),
-            StreamOp::Copy { from, to, bytes } => gpu.copy(*from, *to, *bytes),
+            // SAFETY: only `Cuda::fill_words` makes this, of a whole `Memory`, whose freeing the allocator orders after it.
+            StreamOp::Fill { address, value, words } => unsafe { gpu.fill(*address, *value, *words) },
+            // SAFETY: only `Cuda::convert` makes this, of buffers whose lengths were compared and whose freeing the allocator
+            // orders after it.
+            StreamOp::Copy { from, to, bytes } => unsafe { gpu.copy(*from, *to, *bytes) },
         }
     }
 
-    /// Starts a kernel on a stream.
-    pub(super) fn start(&self, stream: sys::CUstream, launch: &KernelLaunch) -> Result<()> {
+    /// Launches a kernel on a stream.
+    pub(super) fn launch_on(&self, stream: sys::CUstream, launch: &KernelLaunch) -> Result<()> {
         let gpu = &self.0.gpu;
         gpu.enter()?;
         let (mut pointers, [x, y, z]) = (launch.pointers(), launch.grid);
         // SAFETY: the arguments are those of the kernel, in its order and types; tests run every kernel against its
-        // CPU twin on memory whose bounds are watched.
+        // CPU reference on memory whose bounds are watched.
         let result = unsafe {
             sys::cuLaunchKernel(
                 self.0.kernels.get(launch.kernel),
