@@ -2,7 +2,7 @@
 //! describes the data are left out and counted, links to files are followed, and a data set that `save_to_disk` wrote is
 //! read in its own order.
 
-use super::documents::{Content, content_by_name};
+use super::document::{Content, content_by_name};
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::Value;

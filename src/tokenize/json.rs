@@ -4,7 +4,7 @@
 //! UTF-16 pair may stand in a string, though not in the text: no tokenizer takes it.
 
 use super::{
-    documents::{Document, Sink},
+    document::{Document, Sink},
     json_value::{Fault, Found, text_field},
     stream::read_error,
 };

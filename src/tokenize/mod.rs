@@ -2,6 +2,8 @@
 //! that memory does not grow with the text.
 
 mod arrow;
+mod columns;
+mod document;
 mod documents;
 mod ids;
 mod input_files;
@@ -13,7 +15,7 @@ mod stream;
 mod text_stream;
 mod tokenizer;
 
-pub use documents::{Content, Layout};
+pub use document::{Content, Layout};
 pub use ids::{IdType, Number};
 pub use input_files::LeftOut;
 pub use text_stream::TextStream;
@@ -26,7 +28,7 @@ use crate::{
     progress::Progress,
     staged::{StagedFile, Target},
 };
-use documents::Document;
+use document::Document;
 use ids::IdFile;
 use indicatif::ProgressBar;
 use input_files::InputFile;
@@ -225,7 +227,7 @@ pub fn run_ids(options: &Options, kind: IdType, tokenizer: Option<&Tokenizer>, p
 
 /// Whether a file is one document, so that what is unreadable in it is all of it.
 fn is_whole_file(file: &InputFile, layout: &Layout) -> bool {
-    let content = layout.content.or(file.content).unwrap_or(documents::content_by_name(&file.path).0);
+    let content = layout.content.or(file.content).unwrap_or(document::content_by_name(&file.path).0);
     content == Content::Text && layout.separator.is_none()
 }
 

@@ -13,11 +13,9 @@ use std::{
 const ALLOWED: &[&[&str]] = &[
     &["adapter/names", "adapter/types"],
     &["collective/job", "collective/mpi", "collective/mpi/gpus"],
-    &["convert/gguf/sentencepiece", "convert/gguf/tokenizer"],
     &["merge/apply", "merge/row_arithmetic"],
     &["merge/dtype_advice", "merge/result"],
     &["model/linear", "model/lora", "model/params", "model/product"],
-    &["tokenize/arrow", "tokenize/documents", "tokenize/json", "tokenize/parquet"],
 ];
 
 /// A path as its segments: `merge::plan` is `["merge", "plan"]`.

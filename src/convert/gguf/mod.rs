@@ -10,6 +10,7 @@ mod rope;
 mod sentencepiece;
 mod settings;
 mod tokenizer;
+mod vocabulary;
 
 pub use reader::MAGIC;
 

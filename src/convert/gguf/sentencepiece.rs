@@ -2,7 +2,7 @@
 
 use super::{
     reader::Value as Stored,
-    tokenizer::{Rules, UNKNOWN, Vocabulary, bpe},
+    vocabulary::{Rules, UNKNOWN, Vocabulary, bpe},
 };
 use crate::error::Result;
 use serde_json::{Value, json};
@@ -57,35 +57,4 @@ pub(super) fn rules(vocabulary: &Vocabulary) -> Result<std::result::Result<Rules
         model,
         begins: true,
     }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::convert::gguf::{reader::Gguf, tokenizer};
-    use std::path::Path;
-
-    #[test]
-    fn merges_come_in_the_order_of_what_they_make() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/gguf/types.gguf");
-        let mut file = Gguf::open(&path).unwrap();
-        let tokens = ["<unk>", "<s>", "\u{2581}", "a", "b", "\u{2581}ab", "ab", "<0x41>"].map(str::to_owned).to_vec();
-        for (key, value) in [
-            ("model", Stored::Text("llama".into())),
-            ("tokens", Stored::Texts(tokens)),
-            ("token_type", Stored::Ints(vec![2, 3, 1, 1, 1, 1, 1, 6])),
-            ("scores", Stored::Floats(vec![0.0, 0.0, -1.0, -2.0, -3.0, -0.7, -0.5, 0.0])),
-            ("bos_token_id", Stored::Int(1)),
-            ("eos_token_id", Stored::Int(1)),
-        ] {
-            file.metadata.insert(format!("tokenizer.ggml.{key}"), value);
-        }
-        let built = tokenizer::build(&file, 32).unwrap().ok().unwrap().tokenizer;
-        assert_eq!(built["model"]["merges"], json!([["a", "b"], ["\u{2581}", "ab"]]));
-        assert_eq!((&built["model"]["unk_token"], &built["model"]["byte_fallback"]), (&"<unk>".into(), &true.into()));
-        assert_eq!(built["post_processor"]["single"][0]["SpecialToken"]["id"], "<s>");
-        file.metadata.insert("tokenizer.ggml.scores".into(), Stored::Floats(vec![0.0]));
-        assert_eq!(tokenizer::build(&file, 32).unwrap().err().unwrap(), "its tokens have no scores");
-        assert!(tokenizer::build(&file, 4).unwrap().err().unwrap().contains("8 tokens, the embedding only 4"));
-    }
 }

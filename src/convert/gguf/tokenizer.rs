@@ -3,7 +3,11 @@
 //!
 //! Format: the JSON of the `tokenizers` library. A vocabulary whose rules are not known exactly is left out, with the reason.
 
-use super::{reader::Gguf, sentencepiece};
+use super::{
+    reader::Gguf,
+    sentencepiece,
+    vocabulary::{CONTROL, Rules, UNKNOWN, USER_DEFINED, Vocabulary, bpe},
+};
 use crate::error::Result;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
@@ -16,30 +20,8 @@ pub struct Tokenizer {
     pub config: Value,
 }
 
-/// What all kinds of vocabularies share.
-pub(super) struct Vocabulary<'a> {
-    pub tokens: &'a [String],
-    pub kinds: Vec<i64>,
-    pub file: &'a Gguf,
-}
-
 /// Bytes of a token. Llama 3's longest has 128; the merges of a longer one would take a time that grows with its square.
 const MAX_TOKEN: usize = 512;
-
-/// ggml's token types.
-pub(super) const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-
-/// The rules of a `tokenizer.json` that differ between kinds.
-pub(super) struct Rules {
-    pub normalizer: Value,
-    pub pre_tokenizer: Value,
-    pub decoder: Value,
-    pub model: Value,
-    /// Whether texts begin with the first token unless the file says otherwise.
-    pub begins: bool,
-}
 
 /// Llama 3's and Qwen2's ways to cut a text into words; they differ in how many digits stay together.
 const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -111,20 +93,6 @@ fn byte_level(vocabulary: &Vocabulary) -> Result<std::result::Result<Rules, Stri
     Ok(Ok(Rules { normalizer, pre_tokenizer, decoder, model, begins: llama3 }))
 }
 
-/// The `model` of a BPE tokenizer; `more` are its further settings.
-pub(super) fn bpe(vocabulary: &Vocabulary, merges: Vec<Value>, more: Value) -> Value {
-    let ids: Map<String, Value> = vocabulary.tokens.iter().cloned().zip((0..).map(|i: usize| i.into())).collect();
-    let mut model = json!({
-        "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-    });
-    if let (Value::Object(model), Value::Object(more)) = (&mut model, more) {
-        model.extend(more);
-        model.insert("vocab".into(), ids.into());
-        model.insert("merges".into(), merges.into());
-    }
-    model
-}
-
 impl Vocabulary<'_> {
     fn assemble(&self, rules: Rules) -> Result<Tokenizer> {
         let file = self.file;
@@ -193,4 +161,46 @@ fn template(begins: Option<(usize, &str)>, ends: Option<(usize, &str)>) -> Value
         "pair": pair,
         "special_tokens": tokens,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::reader::Value as Stored, *};
+    use std::path::Path;
+
+    #[test]
+    fn merges_come_in_the_order_of_what_they_make() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/gguf/types.gguf");
+        let mut file = Gguf::open(&path).unwrap();
+        let tokens = ["<unk>", "<s>", "\u{2581}", "a", "b", "\u{2581}ab", "ab", "<0x41>"].map(str::to_owned).to_vec();
+        for (key, value) in [
+            ("model", Stored::Text("llama".into())),
+            ("tokens", Stored::Texts(tokens)),
+            ("token_type", Stored::Ints(vec![2, 3, 1, 1, 1, 1, 1, 6])),
+            ("scores", Stored::Floats(vec![0.0, 0.0, -1.0, -2.0, -3.0, -0.7, -0.5, 0.0])),
+            ("bos_token_id", Stored::Int(1)),
+            ("eos_token_id", Stored::Int(1)),
+        ] {
+            file.metadata.insert(format!("tokenizer.ggml.{key}"), value);
+        }
+        let built = build(&file, 32).unwrap().ok().unwrap().tokenizer;
+        assert_eq!(built["model"]["merges"], json!([["a", "b"], ["\u{2581}", "ab"]]));
+        assert_eq!((&built["model"]["unk_token"], &built["model"]["byte_fallback"]), (&"<unk>".into(), &true.into()));
+        assert_eq!(built["post_processor"]["single"][0]["SpecialToken"]["id"], "<s>");
+        let mut other = |key: &str, value: Stored| {
+            let key = format!("tokenizer.ggml.{key}");
+            let before = file.metadata.insert(key.clone(), value);
+            let reason = build(&file, 32).unwrap().err().unwrap();
+            match before {
+                Some(before) => file.metadata.insert(key, before),
+                None => file.metadata.remove(&key),
+            };
+            reason
+        };
+        assert!(other("remove_extra_whitespaces", Stored::Bool(true)).contains("joins neighbouring spaces"));
+        assert!(other("precompiled_charsmap", Stored::Ints(vec![1])).contains("replaces characters"));
+        file.metadata.insert("tokenizer.ggml.scores".into(), Stored::Floats(vec![0.0]));
+        assert_eq!(build(&file, 32).unwrap().err().unwrap(), "its tokens have no scores");
+        assert!(build(&file, 4).unwrap().err().unwrap().contains("8 tokens, the embedding only 4"));
+    }
 }
