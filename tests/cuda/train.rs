@@ -7,7 +7,7 @@ use crate::common::cuda_emulator::{folder, open};
 use relora_kit::{
     collective::{Alone, Collective},
     model::Model,
-    ops::{Cpu, Cuda, Device},
+    ops::{Cpu, Cuda, Device, LaunchQueue},
     progress::Progress,
     run::RunDir,
     train::{architecture, config::Config, session::Session, summary::Summary, tokens::TokenShard, trainer::Trainer},
